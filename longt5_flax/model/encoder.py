@@ -1,0 +1,172 @@
+"""The encoder: T5.1.1's, its attention local, transient-global or full."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longt5_flax.config import LongT5Config
+from longt5_flax.model.attention import (
+    Globals,
+    full_attention,
+    local_attention,
+)
+from longt5_flax.model.global_tokens import (
+    GlobalBlocks,
+    assign_global_blocks,
+    segment_positions,
+    sum_blocks,
+    take_blocks,
+)
+from longt5_flax.model.layers import (
+    MLP,
+    Projections,
+    RelativePositionBias,
+    T5LayerNorm,
+    layer_dropout,
+    make_layers,
+    run_layers,
+)
+from longt5_flax.model.relative_position import toeplitz
+
+
+class EncoderContext(NamedTuple):
+  """What all layers of the encoder see.
+
+  Attributes:
+    segment_ids: 0 is padding.
+    bias: [H, C, W] of the local window, or [H, L, L] for full attention.
+    blocks: the global tokens' blocks, None without global tokens.
+    side_bias: the bias of a token of block b towards global token g, at
+      [b, h, g]; None without global tokens.
+  """
+  segment_ids: Int[Array, 'B L']
+  bias: Float[Array, 'H rows columns']
+  blocks: GlobalBlocks | None
+  side_bias: Float[Array, 'G H G'] | None
+
+
+class EncoderAttention(Projections):
+  """Self-attention of the encoder, of the type that the config names."""
+
+  def setup(self):
+    super().setup()
+    if self.config.encoder_attention_type == 'transient-global':
+      self.T5LayerNorm_0 = T5LayerNorm(
+          self.config.layer_norm_epsilon, self.dtype)
+
+  def __call__(self, x: Float[Array, 'B L D'], context: EncoderContext,
+               deterministic: bool) -> Float[Array, 'B L D']:
+    query = self.project_query(x)
+    key, value = self.project_key_value(x, deterministic)
+    segment_ids = context.segment_ids
+    if self.config.encoder_attention_type == 'full':
+      mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None]) & (
+          segment_ids > 0)[:, None, None]
+      output, weights = full_attention(
+          query, key, value, context.bias[None], mask, self.dtype)
+    else:
+      output, weights = local_attention(
+          query, key, value, context.bias, segment_ids,
+          self._globals(x, context, deterministic), self.dtype)
+    self.sow('intermediates', 'weights', weights)
+    return self.project_out(output)
+
+  def _globals(self, x, context, deterministic):
+    if self.config.encoder_attention_type == 'local':
+      return None
+    # Made even where the row is too short to have any, so that the parameters
+    # do not depend on the length.
+    sums = sum_blocks(x, context.blocks, self.config.global_block_size)
+    key, value = self.project_key_value(
+        self.T5LayerNorm_0(sums), deterministic)
+    if key.shape[1] == 0:
+      return None
+    num_globals, heads, _ = context.side_bias.shape
+    bias = take_blocks(
+        context.side_bias.reshape(num_globals, -1), context.blocks,
+        self.config.global_block_size)
+    return Globals(key, value, bias.reshape(*x.shape[:2], heads, -1),
+                   context.blocks.segment_ids)
+
+
+class EncoderLayer(nn.Module):
+  """Attention and MLP, each behind a norm and beside a residual."""
+  config: LongT5Config
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B L D'], context: EncoderContext,
+               deterministic: bool) -> Float[Array, 'B L D']:
+    config = self.config
+    real = (context.segment_ids > 0)[..., None]
+    self.sow('intermediates', 'residual', x)
+    y = T5LayerNorm(config.layer_norm_epsilon, self.dtype,
+                    name='pre_attention_layer_norm')(x)
+    # Padding is zeroed before attention and MLP, as in the original.
+    y = EncoderAttention(config, self.dtype, name='attention')(
+        jnp.where(real, y, 0), context, deterministic)
+    x = x + layer_dropout(config.dropout_rate)(y, deterministic)
+    y = T5LayerNorm(config.layer_norm_epsilon, self.dtype,
+                    name='pre_mlp_layer_norm')(x)
+    y = MLP(config, self.dtype, name='mlp')(
+        jnp.where(real, y, 0), deterministic)
+    x = x + layer_dropout(config.dropout_rate)(y, deterministic)
+    return nn.with_logical_constraint(x, ('batch', 'length', 'activation'))
+
+
+class Encoder(nn.Module):
+  """All layers, between the embedded tokens and the final norm."""
+  config: LongT5Config
+  dtype: jnp.dtype
+  scan_layers: bool
+  remat: str
+
+  def setup(self):
+    config = self.config
+    self.relpos_bias = RelativePositionBias(config, bidirectional=True)
+    if config.encoder_attention_type == 'transient-global':
+      self.side_relpos_bias = RelativePositionBias(config, bidirectional=True)
+    self.layers = make_layers(
+        lambda: EncoderLayer(config, self.dtype), config.num_layers,
+        self.scan_layers)
+    # Float32 also where the layers compute in less: what follows is logits.
+    self.encoder_norm = T5LayerNorm(config.layer_norm_epsilon, jnp.float32)
+    self.dropout = layer_dropout(config.dropout_rate)
+
+  def __call__(self, embedded: Float[Array, 'B L D'],
+               segment_ids: Int[Array, 'B L'],
+               positions: Int[Array, 'B L'] | None,
+               deterministic: bool) -> Float[Array, 'B L D']:
+    if positions is None:
+      positions = segment_positions(segment_ids)
+    x = self.dropout(embedded, deterministic)
+    x = nn.with_logical_constraint(x, ('batch', 'length', 'activation'))
+    x = run_layers(
+        self.layers, lambda layer, x, context: layer(x, context, deterministic),
+        self.config.num_layers, x, self._context(segment_ids, positions),
+        self.remat)
+    x = self.encoder_norm(x)
+    self.sow('intermediates', 'output', x)
+    return self.dropout(x, deterministic)
+
+  def _context(self, segment_ids, positions):
+    config, length = self.config, segment_ids.shape[1]
+    if config.encoder_attention_type == 'full':
+      bias = toeplitz(
+          self.relpos_bias(1 - length, length - 1), length, length)
+      return EncoderContext(segment_ids, bias, None, None)
+    block = config.local_radius + 1
+    bias = toeplitz(
+        self.relpos_bias(1 - 2 * block, 2 * block - 1), block, 3 * block)
+    if config.encoder_attention_type == 'local':
+      return EncoderContext(segment_ids, bias, None, None)
+    blocks = assign_global_blocks(
+        segment_ids, positions, config.global_block_size)
+    # One global token at least: the table is a parameter at every length.
+    rows = max(1, length // config.global_block_size)
+    side_bias = toeplitz(
+        self.side_relpos_bias(1 - rows, rows - 1), rows, rows)
+    return EncoderContext(
+        segment_ids, bias, blocks, jnp.swapaxes(side_bias, 0, 1))

@@ -1,0 +1,175 @@
+"""The three LongT5 modules: encoder, encoder-decoder, and with logits.
+
+They own parameters and hold none: `module.init(key, ...)` makes them,
+`module.apply({'params': params}, ...)` uses them. Intermediate values (every
+layer's input as `residual`, attention `weights`, each stack's `output`) come
+with `mutable=['intermediates']`.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.model.decoder import Decoder
+from longt5_flax.model.encoder import Encoder
+from longt5_flax.model.layers import REMAT_POLICIES, Embed
+
+ATTENTION_IMPLEMENTATIONS = ('reference',)
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+class _LongT5(nn.Module):
+  """What the three modules share.
+
+  Attributes:
+    config: the architecture.
+    dtype: of the matrix products; parameters are float32.
+    scan_layers: whether layers are stacked in one `layers` subtree.
+    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
+      products) or 'layer' (all inside a layer).
+    attention: the implementation of the encoder's attention.
+  """
+  config: LongT5Config
+  dtype: jnp.dtype = jnp.float32
+  scan_layers: bool = False
+  remat: str = 'none'
+  attention: str = 'reference'
+
+  def setup(self):
+    for name, known in (('remat', REMAT_POLICIES),
+                        ('attention', ATTENTION_IMPLEMENTATIONS)):
+      if getattr(self, name) not in known:
+        raise ConfigError(
+            f'{name}={getattr(self, name)!r} must be one of {known}.')
+    if jnp.dtype(self.dtype).name not in DTYPES:
+      raise ConfigError(f'dtype={self.dtype} must be one of {DTYPES}.')
+    self.token_embedder = Embed(self.config)
+    self.encoder = Encoder(*self._stack_options())
+
+  def _stack_options(self):
+    return self.config, self.dtype, self.scan_layers, self.remat
+
+  def encode(
+      self,
+      encoder_input_tokens: Int[Array, 'B L'],
+      encoder_segment_ids: Int[Array, 'B L'] | None = None,
+      encoder_positions: Int[Array, 'B L'] | None = None,
+      deterministic: bool = True,
+  ) -> Float[Array, 'B L D']:
+    """The encoder's output, float32.
+
+    Args:
+      encoder_input_tokens: ids, of any length L.
+      encoder_segment_ids: which tokens belong together; 0 is padding. By
+        default one segment, of the tokens that are not `pad_token_id`.
+      encoder_positions: positions within segments; by default counted from
+        the segment ids.
+      deterministic: no dropout; else the rng `dropout` is needed.
+    """
+    segment_ids = self._segments(encoder_input_tokens, encoder_segment_ids)
+    return self.encoder(self.token_embedder(encoder_input_tokens), segment_ids,
+                        encoder_positions, deterministic)
+
+  def _segments(self, tokens, segment_ids):
+    if segment_ids is None:
+      return (tokens != self.config.pad_token_id).astype(jnp.int32)
+    return segment_ids
+
+
+class LongT5EncoderModel(_LongT5):
+  """The encoder alone; `__call__` is `encode`."""
+
+  def __call__(
+      self,
+      encoder_input_tokens: Int[Array, 'B L'],
+      encoder_segment_ids: Int[Array, 'B L'] | None = None,
+      encoder_positions: Int[Array, 'B L'] | None = None,
+      deterministic: bool = True,
+  ) -> Float[Array, 'B L D']:
+    """See `encode`."""
+    return self.encode(encoder_input_tokens, encoder_segment_ids,
+                       encoder_positions, deterministic)
+
+
+class LongT5Model(_LongT5):
+  """Encoder and decoder; gives the decoder's output [B, T, D], float32."""
+
+  has_head = False
+
+  def setup(self):
+    super().setup()
+    self.decoder = Decoder(*self._stack_options(), self.has_head)
+
+  def __call__(
+      self,
+      encoder_input_tokens: Int[Array, 'B L'],
+      decoder_input_tokens: Int[Array, 'B T'],
+      encoder_segment_ids: Int[Array, 'B L'] | None = None,
+      encoder_positions: Int[Array, 'B L'] | None = None,
+      decoder_segment_ids: Int[Array, 'B T'] | None = None,
+      deterministic: bool = True,
+  ) -> Float[Array, 'B T features']:
+    """Encodes the inputs and decodes all targets at once.
+
+    Args:
+      encoder_input_tokens: ids.
+      decoder_input_tokens: the targets shifted right, the first of each
+        segment being `decoder_start_token_id`.
+      encoder_segment_ids: see `encode`.
+      encoder_positions: see `encode`.
+      decoder_segment_ids: for packed rows; a target sees the inputs of its own
+        segment. By default a row is one segment.
+      deterministic: no dropout; else the rng `dropout` is needed.
+    """
+    segment_ids = self._segments(encoder_input_tokens, encoder_segment_ids)
+    encoded = self.encode(encoder_input_tokens, segment_ids, encoder_positions,
+                          deterministic)
+    return self.decode(encoded, decoder_input_tokens, segment_ids,
+                       decoder_segment_ids, deterministic)
+
+  def decode(
+      self,
+      encoder_output: Float[Array, 'B L D'],
+      decoder_input_tokens: Int[Array, 'B T'],
+      encoder_segment_ids: Int[Array, 'B L'],
+      decoder_segment_ids: Int[Array, 'B T'] | None = None,
+      deterministic: bool = True,
+  ) -> Float[Array, 'B T features']:
+    """The output at every target; arguments as in `__call__`."""
+    return self._head(self.decoder(
+        self.token_embedder(decoder_input_tokens), encoder_output,
+        encoder_segment_ids, decoder_segment_ids, deterministic))
+
+  def init_cache(self, encoder_output: Float[Array, 'B L D'],
+                 max_decode_length: int) -> None:
+    """Makes the collection `cache` for decoding step by step.
+
+    Call with `mutable=['cache']`. Keys and values of the encoder's output are
+    computed here, once.
+    """
+    self.decoder.init_cache(encoder_output, max_decode_length)
+
+  def decode_step(
+      self,
+      decoder_input_tokens: Int[Array, 'B T'],
+      encoder_segment_ids: Int[Array, 'B L'],
+  ) -> Float[Array, 'B T features']:
+    """The output at the next T targets, given those in the cache.
+
+    Call with `mutable=['cache']`; the cache moves on by T.
+    """
+    return self._head(self.decoder.step(
+        self.token_embedder(decoder_input_tokens), encoder_segment_ids))
+
+  def _head(self, x):
+    return x
+
+
+class LongT5ForConditionalGeneration(LongT5Model):
+  """LongT5 with its output layer: gives logits [B, T, V], float32."""
+
+  has_head = True
+
+  def _head(self, x):
+    return self.decoder.logits(x, self.token_embedder)
