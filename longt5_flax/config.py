@@ -100,9 +100,9 @@ class LongT5Config:
   def _check_types(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      kind = {'num_decoder_layers': int,
-              'scale_decoder_outputs': bool}.get(field.name, field.type)
-      allowed = (int, float) if kind is float else (kind,)
+      kind: Any = {'num_decoder_layers': int, 'scale_decoder_outputs': bool
+                   }.get(field.name, field.type)
+      allowed = (int, float) if kind is float else kind
       if (not isinstance(value, allowed)
           or kind is not bool and isinstance(value, bool)):
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.model.precision import contract
@@ -36,7 +37,7 @@ def full_attention(
     value: Float[Array, 'B S H K'],
     bias: Float[Array, '#B #H #T #S'] | None,
     mask: Bool[Array, '#B 1 T S'],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, 'B T H K'], Float[Array, 'B H T S']]:
   """Softmax attention of every query to every key that the mask admits.
 
@@ -58,7 +59,7 @@ def local_attention(
     bias: Float[Array, 'H C W'],
     segment_ids: Int[Array, 'B L'],
     side: Globals | None,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, 'B L H K'], Float[Array, 'B N H C keys']]:
   """Attention to the tokens at most C - 1 away, and to all global tokens.
 

@@ -1,10 +1,11 @@
 """The decoder: T5.1.1's, for whole targets and, with a cache, step by step."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import LongT5Config
@@ -27,17 +28,18 @@ class DecoderContext(NamedTuple):
   """What all layers of the decoder see.
 
   Attributes:
-    encoded: the encoder's output; None once its keys and values are cached.
+    encoded: the encoder's output [B, L, D]; None once its keys and values are
+      cached.
     bias: of self-attention.
     self_mask: which targets a target may see.
     cross_mask: which inputs a target may see.
-    index: with a cache, the position of the first of the new tokens.
+    start: with a cache, the position of the first of the new tokens.
   """
-  encoded: Float[Array, 'B L D'] | None
+  encoded: Any
   bias: Float[Array, '1 H T S']
   self_mask: Bool[Array, '#B 1 T S']
   cross_mask: Bool[Array, 'B 1 #T L']
-  index: Int[Array, ''] | None
+  start: Int[Array, ''] | None
 
 
 class DecoderAttention(Projections):
@@ -61,15 +63,15 @@ class DecoderAttention(Projections):
   def cached(self, x: Float[Array, 'B T D'],
              bias: Float[Array, '1 H T S'] | None,
              mask: Bool[Array, '#B 1 #T S'],
-             index: Int[Array, ''] | None = None) -> Float[Array, 'B T D']:
-    """Attends to the cache; with `index`, puts x's own keys there first."""
-    key = self.get_variable('cache', 'key')
-    value = self.get_variable('cache', 'value')
-    if index is not None:
+             start: Int[Array, ''] | None = None) -> Float[Array, 'B T D']:
+    """Attends to the cache; with `start`, puts x's own keys there first."""
+    key: Array = self.get_variable('cache', 'key')
+    value: Array = self.get_variable('cache', 'value')
+    if start is not None:
       new_key, new_value = self.project_key_value(x, True)
-      key = jax.lax.dynamic_update_slice_in_dim(key, new_key, index, axis=1)
+      key = jax.lax.dynamic_update_slice_in_dim(key, new_key, start, axis=1)
       value = jax.lax.dynamic_update_slice_in_dim(
-          value, new_value, index, axis=1)
+          value, new_value, start, axis=1)
       self._store(key, value)
     return self._attend(x, key, value, bias, mask)
 
@@ -87,7 +89,7 @@ class DecoderAttention(Projections):
 class DecoderLayer(nn.Module):
   """Self-attention, cross-attention and MLP, behind norms, beside residuals."""
   config: LongT5Config
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   def setup(self):
     config = self.config
@@ -126,7 +128,7 @@ class DecoderLayer(nn.Module):
     """The next targets, those before them being in the cache."""
     y = self.pre_self_attention_layer_norm(x)
     x = x + self.self_attention.cached(
-        y, context.bias, context.self_mask, context.index)
+        y, context.bias, context.self_mask, context.start)
     y = self.pre_cross_attention_layer_norm(x)
     x = x + self.encoder_decoder_attention.cached(y, None, context.cross_mask)
     return self._add_mlp(x, True)
@@ -140,7 +142,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
   """All layers, between the embedded targets and the final norm."""
   config: LongT5Config
-  dtype: jnp.dtype
+  dtype: DTypeLike
   scan_layers: bool
   remat: str
   has_head: bool
@@ -148,8 +150,9 @@ class Decoder(nn.Module):
   def setup(self):
     config = self.config
     self.relpos_bias = RelativePositionBias(config, bidirectional=False)
+    self.num_layers = config.num_decoder_layers or config.num_layers
     self.layers = make_layers(
-        lambda: DecoderLayer(config, self.dtype), config.num_decoder_layers,
+        lambda: DecoderLayer(config, self.dtype), self.num_layers,
         self.scan_layers)
     self.decoder_norm = T5LayerNorm(config.layer_norm_epsilon, jnp.float32)
     self.dropout = layer_dropout(config.dropout_rate)
@@ -174,7 +177,7 @@ class Decoder(nn.Module):
     context = DecoderContext(encoded, bias[None], self_mask, cross_mask, None)
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
-        self.config.num_decoder_layers, self.dropout(embedded, deterministic),
+        self.num_layers, self.dropout(embedded, deterministic),
         context, self.remat)
     x = self.decoder_norm(x)
     self.sow('intermediates', 'output', x)
@@ -193,25 +196,25 @@ class Decoder(nn.Module):
                  max_length: int) -> None:
     """Makes the cache for decoding up to `max_length` targets."""
     empty = jnp.zeros((encoded.shape[0], max_length, self.config.d_model))
-    self.put_variable('cache', 'index', jnp.zeros((), jnp.int32))
+    self.put_variable('cache', 'length', jnp.zeros((), jnp.int32))
     run_layers(self.layers, DecoderLayer.init_cache,
-               self.config.num_decoder_layers, empty, encoded)
+               self.num_layers, empty, encoded)
 
   def step(self, embedded: Float[Array, 'B T D'],
            encoder_segment_ids: Int[Array, 'B L']) -> Float[Array, 'B T D']:
     """The next T targets, which the cache must have room for."""
-    index = self.get_variable('cache', 'index')
+    start: Array = self.get_variable('cache', 'length')
     name = 'layers' if self.scan_layers else 'layers_0'
     cache = self.variables['cache'][name]['self_attention']
     room = cache['key'].shape[-3]
     offsets = jnp.arange(room) - (
-        index + jnp.arange(embedded.shape[1])[:, None])
+        start + jnp.arange(embedded.shape[1])[:, None])
     by_offset = self.relpos_bias(1 - room, 0)
     bias = by_offset[:, jnp.minimum(offsets, 0) + room - 1]
     context = DecoderContext(
         None, bias[None], (offsets <= 0)[None, None],
-        (encoder_segment_ids > 0)[:, None, None], index)
-    self.put_variable('cache', 'index', index + embedded.shape[1])
+        (encoder_segment_ids > 0)[:, None, None], start)
+    self.put_variable('cache', 'length', start + embedded.shape[1])
     return self.decoder_norm(run_layers(
-        self.layers, DecoderLayer.step, self.config.num_decoder_layers,
+        self.layers, DecoderLayer.step, self.num_layers,
         embedded, context))

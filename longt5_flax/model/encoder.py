@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import LongT5Config
@@ -94,7 +95,7 @@ class EncoderAttention(Projections):
 class EncoderLayer(nn.Module):
   """Attention and MLP, each behind a norm and beside a residual."""
   config: LongT5Config
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B L D'], context: EncoderContext,
@@ -119,7 +120,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
   """All layers, between the embedded tokens and the final norm."""
   config: LongT5Config
-  dtype: jnp.dtype
+  dtype: DTypeLike
   scan_layers: bool
   remat: str
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import LongT5Config
@@ -35,8 +36,8 @@ class Dense(nn.Module):
     init_scale: multiplies the initial variance.
   """
   features: int
-  dtype: jnp.dtype
-  out_dtype: jnp.dtype | None = None
+  dtype: DTypeLike
+  out_dtype: DTypeLike | None = None
   init_scale: float = 1.0
 
   @nn.compact
@@ -50,7 +51,7 @@ class T5LayerNorm(nn.Module):
   """Scales by the root mean square over features, in float32; no mean, no
   bias."""
   epsilon: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
@@ -80,7 +81,7 @@ def attention_dropout(rate: float) -> nn.Dropout:
 class MLP(nn.Module):
   """T5.1.1's gated GELU (tanh form), or T5.0's relu."""
   config: LongT5Config
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B L D'],
@@ -138,7 +139,7 @@ class RelativePositionBias(nn.Module):
 class Projections(nn.Module):
   """Query, key, value and output projections of one attention layer."""
   config: LongT5Config
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   def setup(self):
     config = self.config

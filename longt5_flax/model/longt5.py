@@ -8,6 +8,7 @@ with `mutable=['intermediates']`.
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import ConfigError, LongT5Config
@@ -31,7 +32,7 @@ class _LongT5(nn.Module):
     attention: the implementation of the encoder's attention.
   """
   config: LongT5Config
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   scan_layers: bool = False
   remat: str = 'none'
   attention: str = 'reference'
@@ -47,7 +48,7 @@ class _LongT5(nn.Module):
     self.token_embedder = Embed(self.config)
     self.encoder = Encoder(*self._stack_options())
 
-  def _stack_options(self):
+  def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str]:
     return self.config, self.dtype, self.scan_layers, self.remat
 
   def encode(

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 # Largest magnitude, as a power of two, of a float16 operand: far from both
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 _FLOAT16_TOP = 10
 
 
-def activation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+def activation_dtype(dtype: DTypeLike) -> jnp.dtype:
   """The dtype in which activations are stored between matrix products.
 
   For float16 that is float32: a value above 65,504 would become infinite
@@ -30,8 +31,8 @@ def contract(
     spec: str,
     a: Float[Array, '...'],
     b: Float[Array, '...'],
-    dtype: jnp.dtype,
-    out_dtype: jnp.dtype | None = None,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, '...']:
   """`jnp.einsum(spec, a, b)` in `dtype`, accumulated in float32.
 

@@ -1,0 +1,175 @@
+"""Every key of a run, with its default. All other configs are this one and a
+few lines.
+
+Override any key on the command line, as in `--config.optimizer.name=adamw`;
+what was used is in the run's config.json. Unknown keys are refused.
+
+Reproduces: nothing by itself; the defaults are the published pretraining
+settings of LongT5 (Guo et al. 2021, arXiv 2112.07916; T5X's gin files), for the
+base model with transient-global attention.
+Command: python train.py --config=configs/base.py
+  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Hardware: the published batch of 128 x 4096 tokens wants 32 accelerators or
+  more; see tglobal_base.py for one GPU.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  # Row order, gap sentences, initial parameters and dropout all follow from it.
+  config.seed = 0
+  config.steps = 1_000_000
+  config.log_every_steps = 100
+  # Parameters to start from: 'run:WORKDIR' takes the newest checkpoint of
+  # another run. Step and optimizer start anew. '' starts from the initialiser.
+  config.init_from = ''
+
+  # The architecture: a preset ({local, tglobal, full, mlongt5}-{tiny, small,
+  # base, large, xl, xxl}), and any field of LongT5Config to set differently.
+  # A field left at None has the preset's value.
+  config.model = ml_collections.ConfigDict()
+  config.model.preset = 'tglobal-base'
+  config.model.vocab_size = placeholder(int)
+  config.model.d_model = placeholder(int)
+  config.model.d_kv = placeholder(int)  # Size of one attention head.
+  config.model.d_ff = placeholder(int)
+  config.model.num_layers = placeholder(int)
+  config.model.num_decoder_layers = placeholder(int)  # None: as num_layers.
+  config.model.num_heads = placeholder(int)
+  config.model.local_radius = placeholder(int)  # Tokens seen to either side.
+  config.model.global_block_size = placeholder(int)  # Tokens a global token.
+  config.model.relative_attention_num_buckets = placeholder(int)
+  config.model.relative_attention_max_distance = placeholder(int)
+  # Pretraining drops nothing; fine-tuning uses 0.1.
+  config.model.dropout_rate = 0.0
+  config.model.layer_norm_epsilon = placeholder(float)
+  config.model.initializer_factor = placeholder(float)
+  config.model.feed_forward_proj = placeholder(str)  # relu, gated-gelu
+  # local, transient-global, full
+  config.model.encoder_attention_type = placeholder(str)
+  config.model.tie_word_embeddings = placeholder(bool)
+  config.model.scale_decoder_outputs = placeholder(bool)
+  config.model.pad_token_id = placeholder(int)
+  config.model.eos_token_id = placeholder(int)
+  config.model.decoder_start_token_id = placeholder(int)
+
+  config.data = ml_collections.ConfigDict()
+  # jsonl: one JSON object a line; text: one document a file.
+  config.data.source = 'jsonl'
+  # Files or globs, separated by commas; plain, .gz, .xz or .zst.
+  config.data.path = ''
+  # Held-out documents; '' for no evaluation.
+  config.data.validation_path = ''
+  config.data.field = 'text'  # Of a JSON object.
+  # A broken line: 'raise' names file and line; 'skip' counts them.
+  config.data.on_bad_record = 'raise'
+  config.data.vocabulary = ''  # A SentencePiece model.
+  # Sentinels <extra_id_n>; those that the file does not hold come after its
+  # pieces, as in seqio.
+  config.data.extra_ids = 100
+  config.data.objective = 'gap_sentences'
+  # What becomes of a document longer than the inputs. 'cut': as published, all
+  # of it is scored and the input cut, so that targets may lie beyond it.
+  # 'pieces': consecutive pieces, each scored by itself.
+  config.data.long_documents = 'cut'
+  config.data.inputs_length = 4096
+  config.data.targets_length = 910
+  # Rows of a step, over all devices and microbatches.
+  config.data.batch_size = 128
+  # Several examples a row, each seeing only itself.
+  config.data.packing = True
+  # Processes that prepare rows; 0 prepares them in the training process.
+  config.data.workers = 4
+
+  # PEGASUS' gap sentences as LongT5 configures them.
+  config.gap_sentences = ml_collections.ConfigDict()
+  # dynamic_rouge, rouge, greedy_rouge, continuous_rouge, random, lead, hybrid,
+  # none
+  config.gap_sentences.strategy = 'dynamic_rouge'
+  # Share of sentences masked; dynamic_rouge draws between min_ratio * ratio
+  # and ratio for each document.
+  config.gap_sentences.ratio = 0.2
+  config.gap_sentences.min_ratio = 0.33
+  config.gap_sentences.ngram = 1
+  config.gap_sentences.metric = 'F'  # F, precision, recall
+  config.gap_sentences.option = 'standard'  # standard, deduplicate, log
+  config.gap_sentences.stop_words = ()
+  # dynamic_rouge multiplies scores by a fixed noise: that of the C++ library
+  # 'libcxx' (the published checkpoints' in all likelihood) or 'libstdcxx', or
+  # none for ''.
+  config.gap_sentences.noise = 'libcxx'
+  config.gap_sentences.noise_ratio = 0.2
+  config.gap_sentences.mask_id = 2  # T5's <unk>, as published.
+  # A selected sentence is replaced by the mask, by a random sentence, left as
+  # it is, or removed.
+  config.gap_sentences.probabilities = (0.9, 0.0, 0.1, 0.0)
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.z_loss = 1e-4
+  config.loss.label_smoothing = 0.0
+  # 'tokens': mean over the target tokens of the whole batch; 'sum': as
+  # published. Adafactor does not tell them apart.
+  config.loss.normalization = 'tokens'
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = 'adafactor'  # adafactor, adamw
+  # Gradients are summed over so many parts of the batch.
+  config.optimizer.microbatches = 1
+  config.optimizer.clip_global_norm = 0.0  # 0: no clipping.
+  # Adafactor.
+  config.optimizer.decay_rate = 0.8
+  config.optimizer.clipping_threshold = 1.0
+  config.optimizer.multiply_by_parameter_scale = True
+  config.optimizer.min_dim_size_to_factor = 128
+  # AdamW.
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.0
+
+  config.schedule = ml_collections.ConfigDict()
+  # rsqrt: learning_rate / sqrt(max(step, warmup_steps)); constant, linear and
+  # cosine rise linearly over warmup_steps and go on, or to 0 at `steps`.
+  config.schedule.name = 'rsqrt'
+  config.schedule.learning_rate = 1.0
+  config.schedule.warmup_steps = 10_000
+
+  # Devices along each axis; their product is the number of devices, and one
+  # axis may be -1: whatever is left.
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # Copies of the model, each with a part of the batch.
+  config.mesh.fsdp = 1  # Parts of parameters and batch alike.
+  config.mesh.tensor = 1  # Parts of heads and MLP features.
+  config.mesh.sequence = 1  # Parts of a row.
+
+  config.precision = ml_collections.ConfigDict()
+  config.precision.dtype = 'bfloat16'  # float32, bfloat16, float16
+  # What the backward pass recomputes: none, dots (all but matrix products),
+  # layer (all inside a layer).
+  config.precision.remat = 'none'
+  # One stacked layer, compiled once, in place of one program a layer.
+  config.precision.scan_layers = True
+  config.precision.attention = 'reference'
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_steps = 1000
+  config.checkpoint.keep = 3  # The newest so many,
+  config.checkpoint.keep_every_steps = 0  # and each multiple of this; 0: none.
+
+  # Held-out loss on data.validation_path, always the same rows.
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every_steps = 1000
+  config.eval.max_batches = 0  # 0: the whole of it.
+  # Held-out documents to show at the end: a masked sentence and what the model
+  # wrote in its place.
+  config.eval.samples = 0
+  config.eval.sample_length = 64  # Tokens that the model may write.
+
+  # A profiler trace of num_steps steps, for TensorBoard, from first_step on.
+  config.profile = ml_collections.ConfigDict()
+  config.profile.first_step = 10
+  config.profile.num_steps = 0
+  return config

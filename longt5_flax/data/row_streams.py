@@ -1,0 +1,200 @@
+"""One row of every batch: a stream of documents, made into examples, packed.
+
+The stream of row r reads positions r, r + batch_size, ... of the shuffled
+documents, whatever host or process runs it; draws depend on the seed and the
+position. Shuffling and packing are Grain's.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from longt5_flax.data.objectives import Example, GapSentences
+from longt5_flax.data.options import PipelineOptions
+from longt5_flax.data.sources import DataError
+from longt5_flax.data.vocabulary import Vocabulary
+
+# The packer gives out rows when all its bins are full, so each costs time
+# before the first step and after a restart.
+_BINS = 8
+# The least share of a row that is worth a piece of its own: smaller ones fill
+# rows better and see less of their document.
+_LEAST_ROOM = 1 / 16
+
+
+class Row(NamedTuple):
+  """One row of a batch.
+
+  Attributes:
+    features: name -> [length] int32.
+    examples: packed into it.
+    lost: target tokens that were cut off its examples.
+  """
+  features: dict[str, np.ndarray]
+  examples: int
+  lost: int
+
+
+class RowStream:
+  """The rows of one row number, batch after batch.
+
+  Args:
+    documents: all of them.
+    vocabulary: to tokenise.
+    options: of the pipeline.
+    batch_size: rows of a batch, and so streams.
+    row: which of them.
+    held_out: one pass over the documents as they are, drawing always the same;
+      instead of shuffling them without end, anew in each epoch.
+  """
+
+  def __init__(
+      self, documents: Sequence[str], vocabulary: Vocabulary,
+      options: PipelineOptions, batch_size: int, row: int,
+      held_out: bool = False):
+    name = 'held out' if held_out else 'train'
+    texts = grain.MapDataset.source(documents)
+    if not held_out:
+      texts = texts.shuffle(_seed(options.seed, 'shuffle')).repeat()
+    examples = _ExampleDataset(
+        texts, GapSentences(vocabulary, options), options,
+        (row, batch_size), (options.seed, zlib.crc32(name.encode())))
+    # One bin of one example is a row without packing.
+    bins, most = (_BINS, None) if options.packing else (1, 1)
+    rows = grain.experimental.FirstFitPackIterDataset(
+        examples,
+        length_struct={'inputs': options.inputs_length,
+                       'targets': options.targets_length},
+        num_packing_bins=bins, max_sequences_per_bin=most,
+        # Bins are filled in turn, the last one least: in the same turn on all
+        # rows there would be batches with more padding than others.
+        shuffle_bins=True, seed=_seed(options.seed, f'bins {row}'),
+        meta_features=('lost',),
+        pack_alignment_struct={'inputs': options.global_block_size,
+                               'targets': 1})
+    self._documents = len(documents)
+    self._row = row
+    self._rows = iter(rows)
+
+  def __iter__(self) -> 'RowStream':
+    return self
+
+  def __next__(self) -> Row:
+    packed = next(self._rows)
+    return Row(_features(packed), len(packed['lost']), int(sum(packed['lost'])))
+
+  def get_state(self) -> dict[str, Any]:
+    """A small JSON value: where the next row begins."""
+    return {'documents': self._documents, 'rows': self._rows.get_state()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes where `get_state` was called, in this or another process.
+
+    Raises:
+      DataError: the state is of another number of documents.
+    """
+    if state['documents'] != self._documents:
+      raise DataError(
+          f'row {self._row} was saved with {state["documents"]} documents and '
+          f'there are {self._documents}: the order would not be the same')
+    self._rows.set_state(state['rows'])
+
+
+def _seed(seed: int, name: str) -> int:
+  """A seed for one use, in the 32 bits that Grain takes."""
+  words = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
+  return int(words.generate_state(1)[0])
+
+
+def _features(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Renames as seqio does and adds what the decoder reads."""
+  targets, segments = packed['targets'], packed['targets_segment_ids']
+  # Targets one to the right, starting with 0 in each segment.
+  decoder_inputs = np.zeros_like(targets)
+  decoder_inputs[1:] = targets[:-1] * (segments[1:] == segments[:-1])
+  return {
+      'encoder_input_tokens': packed['inputs'],
+      'encoder_segment_ids': packed['inputs_segment_ids'],
+      'encoder_positions': packed['inputs_positions'],
+      'decoder_input_tokens': decoder_inputs,
+      'decoder_target_tokens': targets,
+      'decoder_loss_weights': (targets > 0).astype(np.int32),
+      'decoder_segment_ids': segments,
+      'decoder_positions': packed['targets_positions'],
+  }
+
+
+class _ExampleDataset(grain.IterDataset):
+  """Examples of the documents at positions first, first + step, ..."""
+
+  def __init__(self, texts: Any, objective: GapSentences,
+               options: PipelineOptions, positions: tuple[int, int],
+               seeds: tuple[int, int]):
+    super().__init__()
+    self.texts = texts
+    self.objective = objective
+    self.options = options
+    self.positions = positions
+    self.seeds = seeds
+
+  def __iter__(self) -> '_ExampleIterator':
+    return _ExampleIterator(self)
+
+
+class _ExampleIterator(grain.DatasetIterator):
+  """Its state: how many documents are done, where in the next one it is, and
+  how much room there is left in the row that is being filled."""
+
+  def __init__(self, dataset: _ExampleDataset):
+    super().__init__()
+    self._dataset = dataset
+    self._document = self._start = 0
+    self._room = dataset.options.inputs_length, dataset.options.targets_length
+    self._read: Any = None
+
+  def __next__(self) -> dict[str, Any]:
+    dataset = self._dataset
+    first, step = dataset.positions
+    position = first + step * self._document
+    if position >= len(dataset.texts):
+      raise StopIteration
+    if self._read is None:
+      self._read = dataset.objective.read(dataset.texts[position])
+    example, self._start = dataset.objective.example(
+        self._read, self._start, (*dataset.seeds, position, self._start),
+        self._room)
+    self._room = _room_after(example, self._room, dataset.options)
+    if self._start >= len(self._read.ids):
+      self._document, self._start, self._read = self._document + 1, 0, None
+    return example._asdict()
+
+  def get_state(self) -> dict[str, Any]:
+    return {'document': self._document, 'start': self._start,
+            'room': list(self._room)}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._document, self._start = state['document'], state['start']
+    self._room = tuple(state['room'])
+    self._read = None
+
+
+def _room_after(
+    example: Example, room: tuple[int, int], options: PipelineOptions
+) -> tuple[int, int]:
+  """Room for more tokens of either side in the row that took an example.
+
+  Where little is left the next piece had better begin a row.
+  """
+  whole = options.inputs_length, options.targets_length
+  block = options.global_block_size
+  taken = -(-len(example.inputs) // block) * block, len(example.targets)
+  if taken[0] > room[0] or taken[1] > room[1]:
+    room = whole
+  left = room[0] - taken[0], room[1] - taken[1]
+  useful = options.packing and all(
+      part >= all_of_it * _LEAST_ROOM
+      for part, all_of_it in zip(left, whole, strict=True))
+  return left if useful else whole

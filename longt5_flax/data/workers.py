@@ -1,0 +1,193 @@
+"""Rows made by other processes, or by this one.
+
+A process owns whole rows, so what is in a batch does not depend on how many
+there are. Workers are started afresh, not forked (JAX has threads) and not by
+`multiprocessing`, which would run the user's script again in each of them.
+"""
+
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from longt5_flax.data.row_streams import Row, RowStream
+
+# Batches that wait, made but not asked for.
+_PREFETCH = 4
+# What a worker runs. It needs neither JAX nor what the package imports for
+# users: without them it starts in half a second less and 100 MB smaller.
+_WORKER = """
+import multiprocessing.connection, sys, types
+pipe = multiprocessing.connection.Connection(int(sys.argv[1]))
+sys.path[:], folder = pipe.recv()
+sys.modules['jax'] = None
+package = sys.modules['longt5_flax'] = types.ModuleType('longt5_flax')
+package.__path__ = [folder]
+from longt5_flax.data import workers
+workers.serve(pipe)
+"""
+
+
+class RowError(RuntimeError):
+  """A row could not be made."""
+
+
+class Made(NamedTuple):
+  """A row, and the state of its stream behind it."""
+  row: Row
+  state: dict[str, Any]
+
+
+class Job(NamedTuple):
+  """What makes rows.
+
+  Attributes:
+    make_stream: the stream of a row number; to be pickled for workers.
+    states: row number -> state to go on from, None for the start.
+    filenos: open files that workers inherit.
+  """
+  make_stream: Callable[[int], RowStream]
+  states: dict[int, dict[str, Any] | None]
+  filenos: Sequence[int] = ()
+
+
+class InProcess:
+  """Makes rows in this process.
+
+  Args:
+    job: of all its rows.
+  """
+
+  def __init__(self, job: Job):
+    self._streams = {}
+    for row, state in job.states.items():
+      self._streams[row] = job.make_stream(row)
+      if state is not None:
+        self._streams[row].set_state(state)
+
+  def __next__(self) -> dict[int, Made]:
+    made = {}
+    for row, stream in self._streams.items():
+      try:
+        made[row] = Made(next(stream), stream.get_state())
+      except Exception as error:
+        raise RowError(_describe(row, error)) from error
+    return made
+
+  def close(self) -> None:
+    """Nothing to end."""
+
+
+class Workers:
+  """Makes rows in other processes, some batches ahead.
+
+  Args:
+    job: of all their rows.
+    count: of processes.
+  """
+
+  def __init__(self, job: Job, count: int):
+    rows = list(job.states)
+    self._workers = [
+        _Worker(job._replace(states={r: job.states[r] for r in part}))
+        for part in (rows[i::count] for i in range(min(count, len(rows))))]
+
+  def __next__(self) -> dict[int, Made]:
+    made: dict[int, Made] = {}
+    for worker in self._workers:
+      made.update(worker.take())
+    return made
+
+  def close(self) -> None:
+    """Ends the processes."""
+    for worker in self._workers:
+      worker.kill()
+
+
+class _Worker:
+  """One process, and a thread here that fetches what it makes."""
+
+  def __init__(self, job: Job):
+    self._rows = sorted(job.states)
+    self._made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    self._free = threading.Semaphore(_PREFETCH)
+    here, there = socket.socketpair()
+    with there:
+      # Blocked signals are inherited: Ctrl-C and a scheduler's SIGTERM are for
+      # the run to answer, and it may still want rows to end a step.
+      mask = signal.pthread_sigmask(
+          signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+      try:
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', _WORKER, str(there.fileno())],
+            pass_fds=(there.fileno(), *job.filenos), stdin=subprocess.DEVNULL)
+      finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    self._pipe = Connection(here.detach())
+    threading.Thread(target=_fetch, daemon=True, args=(
+        self._pipe, job, self._made, self._free)).start()
+
+  def take(self) -> dict[int, Made]:
+    made = self._made.get()
+    self._free.release()
+    if isinstance(made, str):
+      raise RowError(made)
+    if made is None:
+      # The pipe closes a moment before the process has ended.
+      code = self._process.wait()
+      raise RowError(
+          f'rows {self._rows}: their worker process {self._process.pid} ended '
+          + (f'with exit code {code}' if code >= 0 else
+             f'by signal {-code} ({signal.Signals(-code).name})'))
+    return made
+
+  def kill(self) -> None:
+    self._process.kill()
+    self._process.wait()
+    self._free.release()  # Wakes the thread, which finds the pipe closed.
+
+
+def _fetch(pipe: Connection, job: Job, made: queue.SimpleQueue,
+           free: threading.Semaphore) -> None:
+  """Sends the job and takes in results, a bounded number ahead.
+
+  Ends with None when the pipe is closed.
+  """
+  folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  with pipe:
+    try:
+      pipe.send((sys.path, folder))
+      pipe.send_bytes(pickle.dumps(job))
+      while True:
+        free.acquire()
+        made.put(pipe.recv())
+    except (EOFError, OSError):
+      made.put(None)
+
+
+def serve(pipe: Connection) -> None:
+  """A worker's life: takes a job, makes its rows until nobody wants them."""
+  # Grain warns that it cannot import JAX.
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  try:
+    rows = InProcess(pickle.loads(pipe.recv_bytes()))
+    while True:
+      pipe.send(next(rows))
+  except (EOFError, OSError):
+    pass  # The run is over.
+  except RowError as error:
+    cause = ''.join(traceback.format_exception(error.__cause__))
+    pipe.send(f'{error}\n\nIn the worker:\n{cause}')
+
+
+def _describe(row: int, error: Exception) -> str:
+  return f'row {row}: {type(error).__name__}: {error}'

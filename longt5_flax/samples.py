@@ -1,0 +1,101 @@
+"""Held-out gap sentences beside what the model writes for them."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from longt5_flax.data.vocabulary import Vocabulary
+from longt5_flax.generation.greedy import greedy_search
+
+# Tokens of the document shown on either side of the first mask.
+_CONTEXT = 48
+
+
+class Sample(NamedTuple):
+  """One held-out example.
+
+  Attributes:
+    context: the document around its first masked sentence.
+    target: the masked sentences.
+    written: what the model wrote in their place.
+  """
+  context: str
+  target: str
+  written: str
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _write(model, params, tokens, segment_ids, max_length):
+  variables = {'params': params}
+  encoded = model.apply(variables, tokens, segment_ids, method='encode')
+  _, cache = model.apply(variables, encoded, max_length, method='init_cache',
+                         mutable=['cache'])
+
+  def step(cache, token):
+    return model.apply({**variables, **cache}, token, segment_ids,
+                       method='decode_step', mutable=['cache'])
+
+  config = model.config
+  return greedy_search(
+      step, cache, tokens.shape[0], max_length,
+      start_id=config.decoder_start_token_id, eos_id=config.eos_token_id,
+      pad_id=config.pad_token_id)
+
+
+def write_samples(
+    model: nn.Module, params: Any, batch: dict[str, np.ndarray],
+    vocabulary: Vocabulary, mask_id: int, settings: Any, mesh: Mesh,
+) -> list[Sample]:
+  """Lets the model write the first example of the first rows of a batch.
+
+  All processes of a run must call it.
+
+  Args:
+    model: LongT5ForConditionalGeneration.
+    params: its parameters.
+    batch: held-out rows, [B, length], all of them on every process.
+    vocabulary: to read tokens.
+    mask_id: what stands for a masked sentence.
+    settings: `samples`, how many, and `sample_length`, tokens at most.
+    mesh: of the parameters.
+  """
+  count = settings.samples
+  segment_ids = (batch['encoder_segment_ids'][:count] == 1).astype(np.int32)
+  tokens = batch['encoder_input_tokens'][:count] * segment_ids
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def everywhere(array):
+    return jax.make_array_from_callback(array.shape, whole, lambda i: array[i])
+
+  written = np.asarray(_write(model, params, everywhere(tokens),
+                              everywhere(segment_ids), settings.sample_length))
+  samples = []
+  for i, row in enumerate(tokens):
+    ids = row[segment_ids[i] > 0]
+    is_target = batch['decoder_segment_ids'][i] == 1
+    samples.append(Sample(
+        _context(ids, mask_id, vocabulary),
+        vocabulary.decode(_text(batch['decoder_target_tokens'][i][is_target])),
+        vocabulary.decode(_text(written[i]))))
+  return samples
+
+
+def _text(ids):
+  return [int(i) for i in ids if i > 1]  # Without padding and end.
+
+
+def _context(ids, mask_id, vocabulary):
+  masks = np.flatnonzero(ids == mask_id)
+  first = int(masks[0]) if len(masks) else 0
+  parts: list[str] = []
+  shown = ids[max(0, first - _CONTEXT):first + _CONTEXT]
+  for part in np.split(shown, np.flatnonzero(shown == mask_id)):
+    if len(part) and part[0] == mask_id:
+      parts.append('[MASK]')
+      part = part[1:]
+    parts.append(vocabulary.decode(_text(part)))
+  return ' '.join(part for part in parts if part)

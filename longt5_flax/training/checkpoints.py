@@ -1,0 +1,117 @@
+"""Checkpoints of a run: state, row streams and config in one step folder.
+
+Orbax writes them in the background and renames a folder only when all of it is
+on disk, so that a killed run leaves whole checkpoints or none.
+"""
+
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from longt5_flax.config import ConfigError
+
+# Values of a run that may change when it goes on: they decide neither shapes
+# nor the order of data.
+_FREE_SECTIONS = frozenset({
+    'checkpoint', 'eval', 'init_from', 'log_every_steps', 'mesh', 'precision',
+    'profile', 'schedule', 'steps'})
+_FREE_KEYS = frozenset({
+    'data.workers', 'data.validation_path', 'optimizer.microbatches'})
+
+
+class Checkpoints:
+  """The folder `checkpoints` of a run.
+
+  Args:
+    directory: of the checkpoints, created by the first save.
+    settings: `keep` and `keep_every_steps`.
+  """
+
+  def __init__(self, directory: str, settings: Any):
+    self._directory = os.path.abspath(directory)
+    self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=settings.keep,
+            keep_period=settings.keep_every_steps or None,
+            enable_async_checkpointing=True),
+        item_names=('state', 'streams', 'config'))
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest step with a whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, streams: dict[str, Any],
+           config: dict[str, Any]) -> None:
+    """Starts to write a checkpoint; does nothing if the step has one."""
+    if step == self.latest_step:
+      return
+    self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        streams=ocp.args.JsonSave(streams),
+        config=ocp.args.JsonSave(config)))
+
+  def restore(
+      self, step: int, abstract_state: Any
+  ) -> tuple[Any, dict[str, Any]]:
+    """State and streams of a step.
+
+    Args:
+      step: of the checkpoint.
+      abstract_state: shapes, dtypes and shardings of the state.
+    """
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state),
+        streams=ocp.args.JsonRestore()))
+    return restored['state'], restored['streams']
+
+  def config(self, step: int) -> dict[str, Any]:
+    """The config that a checkpoint was written under."""
+    return self._manager.restore(step, args=ocp.args.Composite(
+        config=ocp.args.JsonRestore()))['config']
+
+  def close(self) -> None:
+    """Waits for the last checkpoint to be whole."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any],
+                   workdir: str) -> None:
+  """Refuses to go on with a run under settings that would change it.
+
+  Args:
+    saved: the checkpoint's config, nested dicts.
+    config: the one asked for.
+    workdir: for the message.
+
+  Raises:
+    ConfigError: a value differs that decides shapes or the order of data.
+  """
+  old, new = dict(_flatten(saved)), dict(_flatten(config))
+  for name in sorted(old.keys() | new.keys()):
+    section = name.split('.')[0]
+    if section in _FREE_SECTIONS or name in _FREE_KEYS:
+      continue
+    if old.get(name) != new.get(name):
+      raise ConfigError(
+          f'{workdir} holds a run with {name}={old.get(name)!r}, not '
+          f'{new.get(name)!r}: keep the value, or choose another --workdir.')
+
+
+def _flatten(tree, prefix=''):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+def abstract_state(state: Any, shardings: Any) -> Any:
+  """Shapes and dtypes of a state, with the shardings to restore it to."""
+  return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding), state, shardings)

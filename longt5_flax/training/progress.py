@@ -1,0 +1,107 @@
+"""What a person sees while a run goes on: step, loss, speed, time left."""
+
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from longt5_flax.training.flops import mfu, train_flops
+
+
+class Meter:
+  """Real tokens a second and MFU since the last reading.
+
+  Args:
+    model: LongT5Config.
+    data: `inputs_length`, `targets_length`, `batch_size`.
+    device_kind: of one device.
+    num_devices: all of the run's.
+  """
+
+  def __init__(self, model: Any, data: Any, device_kind: str,
+               num_devices: int):
+    self._step_flops = data.batch_size * train_flops(
+        model, data.inputs_length, data.targets_length)
+    self._device = device_kind, num_devices
+    self._reset()
+
+  def _reset(self):
+    self._start = time.perf_counter()
+    self._steps = 0
+    self._tokens = np.zeros(2)
+
+  def add(self, metrics: dict[str, Any]) -> None:
+    """Counts one finished step."""
+    self._steps += 1
+    self._tokens += [metrics['encoder_tokens'], metrics['decoder_tokens']]
+
+  def leave_out(self, seconds: float) -> None:
+    """Does not count time in which no step was meant to run."""
+    self._start += seconds
+
+  def read(self) -> dict[str, float | None]:
+    """Rates since the last reading; empty if no step was counted."""
+    seconds = time.perf_counter() - self._start
+    steps, tokens = self._steps, self._tokens
+    self._reset()
+    if not steps:
+      return {}
+    return {
+        'encoder_tokens_per_second': tokens[0] / seconds,
+        'decoder_tokens_per_second': tokens[1] / seconds,
+        'steps_per_second': steps / seconds,
+        'mfu': mfu(self._step_flops * steps / seconds, *self._device),
+    }
+
+
+class ProgressReport:
+  """A line every log step, and on a terminal a bar below the lines.
+
+  Args:
+    total_steps: of the whole run.
+    first_step: where this process begins.
+    enabled: False on all processes but one.
+  """
+
+  def __init__(self, total_steps: int, first_step: int, enabled: bool):
+    self.console = Console(
+        quiet=not enabled, highlight=False, soft_wrap=True)
+    self._total = total_steps
+    self._bar = Progress(
+        TextColumn('step {task.completed}/{task.total}'), BarColumn(None),
+        TextColumn('{task.fields[left]} left'), console=self.console,
+        disable=not (enabled and self.console.is_terminal))
+    self._task = self._bar.add_task(
+        '', total=total_steps, completed=first_step, left='?')
+    self._bar.start()
+
+  def advance(self, step: int) -> None:
+    self._bar.update(self._task, completed=step)
+
+  def line(self, step: int, metrics: dict[str, Any],
+           rates: dict[str, Any]) -> None:
+    """Prints a log step."""
+    left = (self._total - step) / rates['steps_per_second']
+    text = (f'step {step}/{self._total}  loss {float(metrics["loss"]):.4f}  '
+            f'accuracy {float(metrics["accuracy"]):.3f}  '
+            f'{rates["encoder_tokens_per_second"]:,.0f} + '
+            f'{rates["decoder_tokens_per_second"]:,.0f} tokens/s  ')
+    if rates['mfu'] is not None:
+      text += f'MFU {rates["mfu"]:.1%}  '
+    self.console.print(text + f'{_clock(left)} left')
+    self._bar.update(self._task, left=_clock(left))
+
+  def say(self, text: str) -> None:
+    """Prints a line of its own."""
+    self.console.print(text, markup=False)
+
+  def close(self) -> None:
+    self._bar.stop()
+
+
+def _clock(seconds):
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'

@@ -1,0 +1,145 @@
+"""From the config tree of a run to what its parts take, checked before
+anything is compiled or written."""
+
+import dataclasses
+import json
+import os
+import subprocess
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.model.layers import REMAT_POLICIES
+from longt5_flax.model.longt5 import (
+    ATTENTION_IMPLEMENTATIONS,
+    DTYPES,
+    LongT5ForConditionalGeneration,
+)
+from longt5_flax.training.schedules import make_schedule
+
+_AT_LEAST_ONE = (
+    'steps', 'log_every_steps', 'data.inputs_length', 'data.targets_length',
+    'data.batch_size', 'optimizer.microbatches', 'checkpoint.every_steps',
+    'checkpoint.keep', 'eval.every_steps', 'eval.sample_length')
+_AT_LEAST_ZERO = (
+    'data.workers', 'data.extra_ids', 'checkpoint.keep_every_steps',
+    'eval.max_batches', 'eval.samples', 'profile.first_step',
+    'profile.num_steps', 'loss.z_loss', 'optimizer.clip_global_norm',
+    'optimizer.weight_decay')
+_CHOICES = {
+    'precision.dtype': DTYPES,
+    'precision.remat': REMAT_POLICIES,
+    'precision.attention': ATTENTION_IMPLEMENTATIONS,
+    'loss.normalization': ('tokens', 'sum'),
+}
+
+
+def model_config(settings: Any) -> LongT5Config:
+  """The architecture of `config.model`: its preset, with the fields set.
+
+  Raises:
+    ConfigError: an unknown preset, or a value that no model can have.
+  """
+  fields = {name: value for name, value in settings.items()
+            if name != 'preset' and value is not None}
+  return LongT5Config.preset(settings.preset, **fields)
+
+
+def make_model(config: Any) -> LongT5ForConditionalGeneration:
+  """The model of a run."""
+  precision = config.precision
+  return LongT5ForConditionalGeneration(
+      model_config(config.model), jnp.dtype(precision.dtype),
+      precision.scan_layers, precision.remat, precision.attention)
+
+
+def check_config(config: Any) -> None:
+  """Refuses values that no run can have.
+
+  Raises:
+    ConfigError: naming the key, its value and the rule.
+  """
+  for names, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+    for name in names:
+      value = _value(config, name)
+      if value < least:
+        raise ConfigError(f'{name}={value} must be at least {least}.')
+  for name, known in _CHOICES.items():
+    value = _value(config, name)
+    if value not in known:
+      raise ConfigError(f'{name}={value!r} must be one of {known}.')
+  smoothing = config.loss.label_smoothing
+  if not 0 <= smoothing < 1:
+    raise ConfigError(f'loss.label_smoothing={smoothing} must be in [0, 1).')
+  if config.init_from and not config.init_from.startswith('run:'):
+    raise ConfigError(f'init_from={config.init_from!r} must be run:WORKDIR.')
+  model_config(config.model)
+  make_schedule(**config.schedule, steps=config.steps)
+
+
+def check_batch(config: Any, row_parts: int) -> None:
+  """Refuses a batch that mesh and microbatches do not divide.
+
+  Args:
+    config: the run's.
+    row_parts: how many parts the mesh splits rows into.
+  """
+  rows, microbatches = config.data.batch_size, config.optimizer.microbatches
+  if rows % (row_parts * microbatches):
+    raise ConfigError(
+        f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp '
+        f'= {row_parts} times optimizer.microbatches={microbatches}.')
+
+
+def check_vocabulary(size: int, model: LongT5Config) -> None:
+  """Refuses a vocabulary that the embedding has no rows for."""
+  if size > model.vocab_size:
+    raise ConfigError(
+        f'data.vocabulary has {size} ids with its sentinels, more than '
+        f'model.vocab_size={model.vocab_size}: raise that, or lower '
+        'data.extra_ids.')
+
+
+def _value(config, name):
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+def resolved(config: Any) -> dict[str, Any]:
+  """The config as nested dicts, `model` with every field that was used."""
+  values = json.loads(config.to_json())
+  values['model'] = dataclasses.asdict(model_config(config.model)) | {
+      'preset': config.model.preset}
+  return values
+
+
+def write_config(workdir: str, values: dict[str, Any], version: str) -> None:
+  """Writes `config.json`: what runs, by which code, on what."""
+  device = jax.devices()[0]
+  record = values | {'run': {
+      'version': version,
+      'commit': _commit(),
+      'jax': jax.__version__,
+      'devices': f'{jax.device_count()} x {device.device_kind}',
+      'processes': jax.process_count()}}
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, 'config.json')
+  with open(path + '.part', 'w', encoding='utf-8') as file:
+    json.dump(record, file, indent=2)
+    file.write('\n')
+  os.replace(path + '.part', path)
+
+
+def _commit():
+  """The git commit of the code, or None where it is no checkout."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  try:
+    result = subprocess.run(
+        ['git', '-C', here, 'rev-parse', 'HEAD'], capture_output=True,
+        text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return result.stdout.strip()

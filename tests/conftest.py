@@ -1,0 +1,40 @@
+"""What every test runs under.
+
+JAX computes on 8 CPU devices, unless LONGT5_TEST_PLATFORM names another
+platform, with float32 matrix products in full precision. Shapes and types of
+everything annotated in longt5_flax are checked: a test that passes also proves
+the annotations.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+_TESTS = Path(__file__).parent
+
+# By jax.config, not by the environment: commands that tests start as
+# processes of their own see the machine as a user's shell does.
+_platform = os.environ.get('LONGT5_TEST_PLATFORM', 'cpu')
+jax.config.update('jax_platforms', _platform)
+if _platform == 'cpu':
+  jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+# Before anything imports the package.
+install_import_hook('longt5_flax', 'beartype.beartype')
+
+# `import golden` from any folder of tests; `import longt5_flax` from the
+# checkout, also where the package is not installed.
+for path in (_TESTS, _TESTS.parent):
+  if str(path) not in sys.path:
+    sys.path.insert(0, str(path))
+
+
+@pytest.fixture(scope='session')
+def testdata() -> Path:
+  """The folder of small files that tests read."""
+  return _TESTS / 'testdata'

@@ -1,0 +1,253 @@
+"""One step on 1 and on 8 devices, whole and in microbatches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import assert_close, jit
+from ml_collections import ConfigDict
+
+from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
+from longt5_flax.config import ConfigError
+from longt5_flax.interop.layers import unstack_layers
+from longt5_flax.training import partitioning
+from longt5_flax.training.optimizer import make_optimizer
+from longt5_flax.training.schedules import make_schedule
+from longt5_flax.training.train_step import (
+    TrainState,
+    batch_loss,
+    init_state,
+    make_train_step,
+)
+
+CONFIG = LongT5Config.preset(
+    'tglobal-tiny', vocab_size=96, local_radius=7, global_block_size=4,
+    dropout_rate=0.0)
+ROWS, INPUTS, TARGETS = 8, 40, 12
+
+
+def settings(**values):
+  config = ConfigDict(dict(
+      seed=0, loss=dict(z_loss=1e-4, label_smoothing=0.0,
+                        normalization='tokens'),
+      optimizer=dict(
+          name='adafactor', microbatches=1, clip_global_norm=0.0,
+          decay_rate=0.8, clipping_threshold=1.0,
+          multiply_by_parameter_scale=True, min_dim_size_to_factor=32,
+          b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)))
+  config.update_from_flattened_dict(values)
+  return config
+
+
+def make_batch(seed=0):
+  """Packed rows with unequal numbers of targets, as real ones have."""
+  rng = np.random.default_rng(seed)
+  batch = {}
+  for side, length in (('encoder', INPUTS), ('decoder', TARGETS)):
+    segments = np.zeros((ROWS, length), np.int32)
+    for row in segments:
+      first, second = sorted(rng.integers(1, length + 1, 2))
+      row[:first], row[first:second] = 1, 2
+    starts = np.maximum.accumulate(np.where(
+        np.diff(segments, prepend=-1), np.arange(length), 0), axis=1)
+    batch[f'{side}_segment_ids'] = segments
+    batch[f'{side}_positions'] = (np.arange(length) - starts) * (segments > 0)
+    batch[f'{side}_input_tokens'] = rng.integers(
+        2, 96, (ROWS, length)) * (segments > 0)
+  batch['decoder_target_tokens'] = rng.integers(
+      2, 96, (ROWS, TARGETS)) * (batch['decoder_segment_ids'] > 0)
+  batch['decoder_loss_weights'] = batch['decoder_target_tokens'] > 0
+  return {name: array.astype(np.int32) for name, array in batch.items()}
+
+
+@functools.cache
+def first_state(model_config, scan_layers):
+  """Parameters on the host; the same for every mesh."""
+  model = LongT5ForConditionalGeneration(
+      model_config, scan_layers=scan_layers)
+  optimizer = make_optimizer(settings().optimizer, lambda step: 1e-2)
+  return jax.device_get(jit(lambda: init_state(model, optimizer, 0))())
+
+
+@functools.cache
+def compiled(sizes, model_config, scan_layers, overrides):
+  """A mesh, the first state on it, and the step; compiled once a variant."""
+  config = settings(**dict(overrides))
+  count = int(np.prod([size for _, size in sizes]))
+  mesh = partitioning.make_mesh(
+      dict(data=1, fsdp=1, tensor=1, sequence=1) | dict(sizes),
+      jax.devices()[:count])
+  model = LongT5ForConditionalGeneration(model_config, scan_layers=scan_layers)
+  schedule = make_schedule('constant', 1e-2, 0, 10)
+  optimizer = make_optimizer(config.optimizer, schedule)
+  first = first_state(model_config, scan_layers)
+  state = TrainState(first.step, first.params,
+                     jit(optimizer.init)(first.params))
+  shardings = partitioning.state_shardings(state, state.params, mesh)
+  step = jit(make_train_step(model, optimizer, schedule, config),
+             out_shardings=(shardings, None))
+  return mesh, jax.device_put(state, shardings), step
+
+
+def run(sizes, steps=2, model_config=CONFIG, scan_layers=True, **overrides):
+  """Takes steps on a mesh of the given sizes; returns state and metrics."""
+  mesh, state, step = compiled(tuple(sizes.items()), model_config, scan_layers,
+                               tuple(overrides.items()))
+  rows = partitioning.local_rows(mesh, ROWS)
+  metrics = []
+  with partitioning.active(mesh):
+    for i in range(steps):
+      batch = partitioning.global_batch(mesh, rows, make_batch(i), ROWS)
+      state, values = step(state, batch)
+      metrics.append(jax.device_get(values))
+  return state, metrics
+
+
+def relative_norm(actual, expected):
+  """The distance of two trees in units of the second's norm."""
+  squares = [(np.sum(np.square(a - b)), np.sum(np.square(b)))
+             for a, b in zip(jax.tree.leaves(jax.device_get(actual)),
+                             jax.tree.leaves(jax.device_get(expected)),
+                             strict=True)]
+  distance, norm = np.sum(squares, axis=0)
+  return np.sqrt(distance / norm)
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  return run(dict(data=1))
+
+
+@pytest.mark.parametrize('sizes', [
+    dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_eight_devices_equal_one(one_device, sizes):
+  state, metrics = run(sizes)
+  for actual, expected in zip(metrics, one_device[1], strict=True):
+    for name in expected:
+      np.testing.assert_allclose(
+          actual[name], expected[name], rtol=2e-5, err_msg=name)
+  assert relative_norm(state.params, one_device[0].params) < 1e-3
+  kernel = state.params['encoder']['layers']['mlp']['wi_0']['kernel']
+  parts = sizes.get('fsdp', 1) * sizes.get('tensor', 1)
+  assert kernel.addressable_shards[0].data.size * parts == kernel.size
+
+
+def test_fsdp_splits_the_optimizer_like_the_parameters():
+  state, _ = run(dict(fsdp=8), steps=0)
+  moments = {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+  for kernel, split in (('wi_0/kernel', [8, 1]), ('wo/kernel', [1, 8])):
+    # Row moments keep the smaller dimension: features of the model, which fsdp
+    # splits; column moments those of the MLP.
+    parts = []
+    for kind in ('v_row', 'v_col'):
+      name, = (name for name in moments if f'{kind}/encoder/layers/mlp/'
+               f'{kernel}' in name)
+      leaf = moments[name]
+      parts.append(leaf.size // leaf.addressable_shards[0].data.size)
+    assert sorted(parts) == sorted(split), kernel
+
+
+def test_gradient_accumulation_equals_the_large_batch(one_device):
+  state, metrics = run(dict(data=2), **{'optimizer.microbatches': 4})
+  for actual, expected in zip(metrics, one_device[1], strict=True):
+    for name in ('loss', 'z_loss', 'accuracy', 'grad_norm'):
+      np.testing.assert_allclose(
+          actual[name], expected[name], rtol=2e-5, err_msg=name)
+  assert relative_norm(state.params, one_device[0].params) < 1e-3
+
+
+def test_scan_trains_as_unrolled_layers(one_device):
+  """Given the same parameters, two Adafactor steps end in the same ones."""
+  config = settings()
+  schedule = make_schedule('constant', 1e-2, 0, 10)
+  optimizer = make_optimizer(config.optimizer, schedule)
+  first = first_state(CONFIG, True)
+  params = unstack_layers(first.params)
+  state = TrainState(first.step, params, optimizer.init(params))
+  step = jit(make_train_step(
+      LongT5ForConditionalGeneration(CONFIG), optimizer, schedule, config))
+  for i in range(2):
+    state, _ = step(state, make_batch(i))
+  expected = unstack_layers(one_device[0].params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    other = expected
+    for key in path:
+      other = other[key.key]
+    assert relative_norm(leaf, other) < 1e-3, path
+
+
+def test_loss_is_the_mean_over_all_target_tokens():
+  """Rows with few targets must not count more than others."""
+  model = LongT5ForConditionalGeneration(CONFIG, scan_layers=True)
+  params = first_state(CONFIG, True).params
+  loss = jit(lambda params, batch: batch_loss(
+      model, settings().loss, params, batch))
+  batch = make_batch()
+  whole = loss(params, batch)
+  rows = [loss(params, jax.tree.map(
+      lambda x, i=i: x[i:i + 1], batch)) for i in range(ROWS)]
+  assert_close(whole.loss_sum, np.sum([row.loss_sum for row in rows]))
+  assert whole.weight_sum == np.sum(batch['decoder_loss_weights'])
+  _, metrics = run(dict(data=8), steps=1)
+  np.testing.assert_allclose(
+      metrics[0]['loss'], whole.loss_sum / whole.weight_sum, rtol=2e-5)
+
+
+def test_sum_normalization_keeps_the_published_gradient(one_device):
+  _, metrics = run(dict(data=1), steps=1, **{'loss.normalization': 'sum'})
+  tokens = np.sum(make_batch()['decoder_loss_weights'])
+  np.testing.assert_allclose(
+      metrics[0]['grad_norm'], tokens * one_device[1][0]['grad_norm'],
+      rtol=1e-4)
+
+
+def test_dropout_depends_on_seed_and_step_alone():
+  config = dataclasses.replace(CONFIG, dropout_rate=0.3)
+  first = run(dict(data=1), model_config=config)[1]
+  again = run(dict(data=1), model_config=config)[1]
+  other = run(dict(data=1), steps=1, model_config=config, seed=1)[1]
+  assert [m['loss'] for m in first] == [m['loss'] for m in again]
+  assert first[0]['loss'] != other[0]['loss']
+
+
+def test_metrics_count_real_tokens(one_device):
+  _, metrics = one_device
+  batch = make_batch()
+  for side in ('encoder', 'decoder'):
+    real = np.sum(batch[f'{side}_segment_ids'] > 0)
+    assert metrics[0][f'{side}_tokens'] == real
+    np.testing.assert_allclose(
+        metrics[0][f'{side}_padding'],
+        1 - real / batch[f'{side}_segment_ids'].size, rtol=1e-5)
+  assert metrics[0]['learning_rate'] == np.float32(1e-2)
+
+
+@pytest.mark.parametrize('sizes, text', [
+    (dict(data=3), r'needs 3 devices; there are 8'),
+    (dict(data=-1, fsdp=3), r'needs a multiple of 3 devices; there are 8'),
+    (dict(data=-1, fsdp=-1), r'only one axis of -1'),
+    (dict(data=0), r'mesh.data=0 must be at least 1'),
+], ids=str)
+def test_impossible_meshes_are_refused(sizes, text):
+  with pytest.raises(ConfigError, match=text):
+    partitioning.make_mesh(
+        dict(data=1, fsdp=1, tensor=1, sequence=1) | sizes, jax.devices())
+
+
+def test_every_parameter_has_logical_axes():
+  model = LongT5ForConditionalGeneration(
+      dataclasses.replace(CONFIG, feed_forward_proj='relu'))
+  optimizer = make_optimizer(settings().optimizer, lambda step: 1e-3)
+  abstract = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+  mesh = partitioning.make_mesh(
+      dict(data=1, fsdp=8, tensor=1, sequence=1), jax.devices())
+  shardings = partitioning.param_shardings(abstract.params, mesh)
+  assert all(isinstance(x, jax.sharding.NamedSharding)
+             for x in jax.tree.leaves(shardings))
+  with pytest.raises(KeyError, match='other/kernel: no logical axes'):
+    partitioning.param_shardings({'other': {'kernel': jnp.ones((8, 8))}}, mesh)

@@ -1,0 +1,344 @@
+"""Pretrains LongT5.
+
+  python train.py --config=configs/quickstart.py
+  python train.py --config=configs/tglobal_large.py \
+    --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+
+Every key of configs/base.py can be overridden. The same command again goes on
+where the run was stopped. docs/reproducibility.md says what is exact.
+"""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+from rich.panel import Panel
+
+import longt5_flax
+from longt5_flax.config import ConfigError
+from longt5_flax.data.gap_sentences import GapSentenceOptions
+from longt5_flax.data.pipeline import (
+    BatchIterator,
+    PipelineOptions,
+    fixed_batches,
+)
+from longt5_flax.data.sources import DataError, load_documents
+from longt5_flax.data.vocabulary import Vocabulary
+from longt5_flax.interop.orbax import restore_run_params
+from longt5_flax.samples import write_samples
+from longt5_flax.training import distributed, partitioning, run_config
+from longt5_flax.training.checkpoints import (
+    Checkpoints,
+    abstract_state,
+    check_same_run,
+)
+from longt5_flax.training.metrics import MetricsWriter, plot_loss
+from longt5_flax.training.optimizer import make_optimizer, num_parameters
+from longt5_flax.training.progress import Meter, ProgressReport
+from longt5_flax.training.schedules import make_schedule
+from longt5_flax.training.train_step import (
+    TrainState,
+    batch_loss,
+    init_state,
+    make_train_step,
+    mean_metrics,
+)
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'The run\'s folder; runs/<config name> by default.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', 'HOST:PORT of process 0, for several processes where '
+    'the environment does not say it (TPU pods and Slurm do).')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', -1, 'Of the run.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Of this process.')
+
+
+def main(config, workdir):
+  """Runs what is left of a run, and returns the signal that ended it, or 0."""
+  # --- Mesh -------------------------------------------------------------------
+  run_config.check_config(config)
+  mesh = partitioning.make_mesh(dict(config.mesh), jax.devices())
+  run_config.check_batch(config, partitioning.rows_divisor(mesh))
+  batch_size = config.data.batch_size
+  rows = partitioning.local_rows(mesh, batch_size)
+
+  # --- Data -------------------------------------------------------------------
+  vocabulary = Vocabulary(config.data.vocabulary, config.data.extra_ids)
+  model = run_config.make_model(config)
+  run_config.check_vocabulary(vocabulary.size, model.config)
+  options = pipeline_options(config, model.config.global_block_size)
+  documents = load(config, config.data.path)
+  held_out = held_out_batches(config, vocabulary, options)
+
+  # --- Model, optimizer, state ------------------------------------------------
+  schedule = make_schedule(**config.schedule, steps=config.steps)
+  optimizer = make_optimizer(config.optimizer, schedule)
+
+  def new_state():
+    return init_state(model, optimizer, config.seed)
+
+  abstract = jax.eval_shape(new_state)
+  shardings = partitioning.state_shardings(abstract, abstract.params, mesh)
+  abstract = abstract_state(abstract, shardings)
+
+  # --- Restore ----------------------------------------------------------------
+  values = run_config.resolved(config)
+  checkpoints, state, streams = restore(
+      config, values, workdir, abstract, new_state, optimizer)
+  first_step = int(state.step)
+  is_main = distributed.is_main()
+  if is_main:
+    run_config.write_config(workdir, values, longt5_flax.__version__)
+  writer = MetricsWriter(workdir, first_step + 1) if is_main else None
+  report = ProgressReport(config.steps, first_step, is_main)
+  report.say(
+      f'{config.model.preset}: {num_parameters(abstract.params):,} parameters, '
+      f'{len(documents):,} documents, {jax.device_count()} x '
+      f'{jax.devices()[0].device_kind}; {workdir}, from step {first_step}')
+
+  # --- Loop -------------------------------------------------------------------
+  train_step = jax.jit(
+      make_train_step(model, optimizer, schedule, config), donate_argnums=0,
+      out_shardings=(shardings, None))
+  eval_step = jax.jit(
+      lambda params, batch: batch_loss(model, config.loss, params, batch))
+  meter = Meter(model.config, config.data, jax.devices()[0].device_kind,
+                jax.device_count())
+  stop = StopRequest()
+
+  def finish(step, metrics):
+    """Writes the metrics of a step, once the next one is on its way."""
+    metrics = jax.device_get(metrics)
+    if not np.isfinite(metrics['loss']):
+      raise ConfigError(f'loss={metrics["loss"]} at step {step}: the last '
+                        f'checkpoint is of step {checkpoints.latest_step}.')
+    meter.add(metrics)
+    report.advance(step)
+    if step % config.log_every_steps == 0 or step == config.steps:
+      rates = meter.read()
+      report.line(step, metrics, rates)
+      if writer:
+        writer.write(step, 'train', metrics | rates)
+
+  with partitioning.active(mesh), BatchIterator(
+      documents, vocabulary, options, batch_size, rows,
+      config.data.workers) as batches:
+    if streams is not None:
+      batches.set_state(streams)
+    pending = None
+    for step in range(first_step + 1, config.steps + 1):
+      profile(config.profile, step - first_step, workdir)
+      batch = partitioning.global_batch(mesh, rows, next(batches), batch_size)
+      state, metrics = train_step(state, batch)
+      if pending:
+        finish(*pending)
+      pending = step, metrics
+      stopping = stop.requested(step)
+      is_last = step == config.steps or stopping
+      is_eval = held_out and (step % config.eval.every_steps == 0
+                              or step == config.steps)
+      is_save = is_last or step % config.checkpoint.every_steps == 0
+      if is_eval or is_save:
+        finish(*pending)
+        pending = None
+        start = time.perf_counter()
+        if is_eval:
+          evaluate(eval_step, state.params, held_out, mesh, report, writer,
+                   step)
+        if is_save:
+          states = distributed.gather_states(batches.get_state())
+          checkpoints.save(step, state, states, values)
+        meter.leave_out(time.perf_counter() - start)
+      if stopping:
+        break
+    report_data(batches.stats(), report)
+
+  # --- End --------------------------------------------------------------------
+  checkpoints.close()
+  report.close()
+  if stop.signal:
+    report.say(f'Stopped at step {int(state.step)}; the same command goes on.')
+    return stop.signal
+  if held_out and config.eval.samples:
+    show_samples(model, state.params, held_out[0], vocabulary, config, mesh,
+                 report, writer)
+  if writer:
+    writer.close()
+    report.say(f'Loss curve: {plot_loss(workdir)}')
+    say_what_next(report, workdir, config)
+  return 0
+
+
+def pipeline_options(config, global_block_size):
+  """What `config` asks of the input pipeline."""
+  gap_sentences = dict(config.gap_sentences)
+  for name in ('stop_words', 'probabilities'):
+    gap_sentences[name] = tuple(gap_sentences[name])
+  gap_sentences['noise'] = gap_sentences['noise'] or None
+  data = config.data
+  return PipelineOptions(
+      objective=data.objective, inputs_length=data.inputs_length,
+      targets_length=data.targets_length, packing=data.packing,
+      long_documents=data.long_documents, global_block_size=global_block_size,
+      gap_sentences=GapSentenceOptions(**gap_sentences), seed=config.seed)
+
+
+def load(config, path):
+  """The documents at `path`."""
+  return load_documents(path, config.data.source, field=config.data.field,
+                        on_bad_record=config.data.on_bad_record)
+
+
+def held_out_batches(config, vocabulary, options):
+  """The rows of data.validation_path: the same ones on every process."""
+  if not config.data.validation_path:
+    return []
+  return fixed_batches(
+      load(config, config.data.validation_path), vocabulary, options,
+      config.data.batch_size, config.eval.max_batches)
+
+
+def restore(config, values, workdir, abstract, new_state, optimizer):
+  """Where the run begins: its checkpoints, state and stream states (or None).
+
+  1. The newest checkpoint of the work folder, if it has one: all of it.
+  2. Else `init_from`: its parameters; step and optimizer are new.
+  3. Else everything is new.
+  """
+  directory = os.path.join(workdir, 'checkpoints')
+  has_run = os.path.isdir(directory)
+  if not has_run and config.init_from:
+    params = restore_run_params(
+        config.init_from.removeprefix('run:'), abstract.params)
+  checkpoints = Checkpoints(directory, config.checkpoint)
+  latest = checkpoints.latest_step
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  if latest is not None:
+    check_same_run(checkpoints.config(latest), values, workdir)
+    return checkpoints, *checkpoints.restore(latest, abstract)
+  if config.init_from:
+    opt_state = jax.jit(
+        optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(np.zeros((), np.int32), shardings.step)
+    return checkpoints, TrainState(step, params, opt_state), None
+  state = jax.jit(new_state, out_shardings=shardings)()
+  return checkpoints, state, None
+
+
+def evaluate(eval_step, params, held_out, mesh, report, writer, step):
+  """The loss per target token over all held-out rows."""
+  totals: Any = None
+  batch_size = len(held_out[0]['encoder_input_tokens'])
+  rows = partitioning.local_rows(mesh, batch_size)
+  for batch in held_out:
+    local = {name: array[rows] for name, array in batch.items()}
+    sums = eval_step(
+        params, partitioning.global_batch(mesh, rows, local, batch_size))
+    totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+  metrics = jax.device_get(mean_metrics(totals))
+  report.say(f'step {step}  held-out loss {metrics["loss"]:.4f}  '
+             f'accuracy {metrics["accuracy"]:.3f}')
+  if writer:
+    writer.write(step, 'validation', metrics)
+
+
+def profile(settings, step, workdir):
+  """Starts and stops the profiler trace that config.profile asks for."""
+  if settings.num_steps and step == settings.first_step:
+    jax.profiler.start_trace(os.path.join(workdir, 'tensorboard'))
+  elif settings.num_steps and step == settings.first_step + settings.num_steps:
+    jax.profiler.stop_trace()
+
+
+class StopRequest:
+  """Ends the loop after the step in hand on Ctrl-C or SIGTERM.
+
+  The signals reach every process of a run on their own; processes agree on the
+  step through jax's preemption service, which takes over SIGTERM.
+  """
+
+  def __init__(self):
+    self.signal = 0
+    signals = [signal.SIGINT]
+    if jax.process_count() == 1:
+      signals.append(signal.SIGTERM)
+    for number in signals:
+      signal.signal(number, self._request)
+
+  def _request(self, number, frame):
+    del frame
+    if self.signal:
+      raise KeyboardInterrupt
+    self.signal = number
+
+  def requested(self, step):
+    """Whether to stop after `step`; the same answer on every process."""
+    if jax.process_count() > 1:
+      if multihost_utils.reached_preemption_sync_point(step):
+        self.signal = self.signal or signal.SIGTERM
+        return True
+      return False
+    return bool(self.signal)
+
+
+def report_data(stats, report):
+  """Says what packing and cutting cost."""
+  report.say('Padding: ' + ', '.join(
+      f'{name} {value:.1%}' if isinstance(value, float) else f'{name} {value:,}'
+      for name, value in stats.items()))
+
+
+def show_samples(model, params, batch, vocabulary, config, mesh, report,
+                 writer):
+  """Shows masked sentences of held-out text and what the model wrote."""
+  samples = write_samples(
+      model, params, batch, vocabulary, config.gap_sentences.mask_id,
+      config.eval, mesh)
+  for sample in samples:
+    text = (f'{sample.context}\n\nMasked:  {sample.target}\n\n'
+            f'Written: {sample.written}')
+    report.console.print(Panel(text, title='Held-out document'), markup=False)
+    if writer:
+      writer.write_text(config.steps, 'sample', text)
+
+
+def say_what_next(report, workdir, config):
+  """The commands that a person may want next."""
+  python = os.path.relpath(sys.executable)
+  python = sys.executable if python.startswith('..') else python
+  flag = next(arg for arg in sys.argv if arg.startswith('--config='))
+  report.say(
+      f'Next:\n'
+      f'  tensorboard --logdir={workdir}\n'
+      f'  {python} train.py {flag} --config.steps={2 * config.steps}\n'
+      f'  {python} train.py --config=configs/tglobal_base.py '
+      '--config.data.path=YOUR.jsonl.xz '
+      '--config.data.vocabulary=YOUR.model')
+
+
+def run(argv):
+  """Starts `main`; a user's mistake becomes one line and exit code 2."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  name = os.path.splitext(os.path.basename(
+      config_flags.get_config_filename(flags.FLAGS['config'])))[0]
+  try:
+    distributed.initialize(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    ended_by = main(_CONFIG.value, _WORKDIR.value or f'runs/{name}')
+  except (ConfigError, DataError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 128 + ended_by if ended_by else 0
+
+
+if __name__ == '__main__':
+  app.run(run)
