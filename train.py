@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from rich.panel import Panel
+from rich.text import Text
 
 import longt5_flax
 from longt5_flax.config import ConfigError
@@ -305,7 +306,8 @@ def show_samples(model, params, batch, vocabulary, config, mesh, report,
   for sample in samples:
     text = (f'{sample.context}\n\nMasked:  {sample.target}\n\n'
             f'Written: {sample.written}')
-    report.console.print(Panel(text, title='Held-out document'), markup=False)
+    report.console.print(
+        Panel(Text(text), title='Held-out document'), soft_wrap=False)
     if writer:
       writer.write_text(config.steps, 'sample', text)
 
@@ -330,6 +332,8 @@ def run(argv):
     raise app.UsageError(f'unexpected argument {argv[1]!r}')
   name = os.path.splitext(os.path.basename(
       config_flags.get_config_filename(flags.FLAGS['config'])))[0]
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax says a lot.
   try:
     distributed.initialize(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

@@ -21,7 +21,7 @@ def get_config():
   config.data.extra_ids = 0
   config.data.long_documents = 'pieces'
   config.data.inputs_length = 512
-  config.data.targets_length = 128
+  config.data.targets_length = 192
   config.data.batch_size = 8
   config.data.workers = 0
   config.optimizer.name = 'adamw'

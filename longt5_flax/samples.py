@@ -50,7 +50,7 @@ def write_samples(
     model: nn.Module, params: Any, batch: dict[str, np.ndarray],
     vocabulary: Vocabulary, mask_id: int, settings: Any, mesh: Mesh,
 ) -> list[Sample]:
-  """Lets the model write the first example of the first rows of a batch.
+  """Lets the model write what is masked in examples of a batch.
 
   All processes of a run must call it.
 
@@ -63,9 +63,14 @@ def write_samples(
     settings: `samples`, how many, and `sample_length`, tokens at most.
     mesh: of the parameters.
   """
-  count = settings.samples
-  segment_ids = (batch['encoder_segment_ids'][:count] == 1).astype(np.int32)
-  tokens = batch['encoder_input_tokens'][:count] * segment_ids
+  chosen = _choose(batch, mask_id, settings)
+  rows = [row for row, _ in chosen]
+  segments = np.array([[segment] for _, segment in chosen])
+  segment_ids = (batch['encoder_segment_ids'][rows] == segments).astype(
+      np.int32)
+  tokens = batch['encoder_input_tokens'][rows] * segment_ids
+  is_target = batch['decoder_segment_ids'][rows] == segments
+  targets = batch['decoder_target_tokens'][rows]
   whole = NamedSharding(mesh, PartitionSpec())
 
   def everywhere(array):
@@ -75,13 +80,26 @@ def write_samples(
                               everywhere(segment_ids), settings.sample_length))
   samples = []
   for i, row in enumerate(tokens):
-    ids = row[segment_ids[i] > 0]
-    is_target = batch['decoder_segment_ids'][i] == 1
     samples.append(Sample(
-        _context(ids, mask_id, vocabulary),
-        vocabulary.decode(_text(batch['decoder_target_tokens'][i][is_target])),
+        _context(row[segment_ids[i] > 0], mask_id, vocabulary),
+        vocabulary.decode(_text(targets[i][is_target[i]])),
         vocabulary.decode(_text(written[i]))))
   return samples
+
+
+def _choose(batch, mask_id, settings):
+  """(row, segment) of the examples to show: those whose targets the model has
+  room to write, with one mask, and text around it, where there are such."""
+  ranked = []
+  for row, segments in enumerate(batch['encoder_segment_ids']):
+    for segment in range(1, segments.max() + 1):
+      ids = batch['encoder_input_tokens'][row][segments == segment]
+      masks = np.flatnonzero(ids == mask_id)
+      room = len(masks) and min(masks[0], len(ids) - masks[0]) >= _CONTEXT
+      length = np.sum(batch['decoder_segment_ids'][row] == segment)
+      fits = length <= settings.sample_length
+      ranked.append((not (room and fits), len(masks) != 1, row, segment))
+  return [best[2:] for best in sorted(ranked)[:settings.samples]]
 
 
 def _text(ids):

@@ -322,7 +322,7 @@ def select_sentences(
       strategy = draw_hybrid_strategy(rng)
     if strategy == 'random':
       return np.sort(rng.permutation(limit)[:count]).tolist()
-  if strategy == 'none' or not count:
+  if strategy == 'none':
     return []
   if strategy == 'lead':
     return list(range(count))

@@ -1,6 +1,7 @@
 """Batches for training and for held-out evaluation."""
 
 import functools
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -132,11 +133,11 @@ class BatchIterator:
     `lost_target_tokens` that were cut off, and `input_padding` and
     `target_padding`: shares of the rows.
     """
-    size = max(1, self._rows_delivered)
     lengths = {'input': self._options.inputs_length,
                'target': self._options.targets_length}
     return {'rows': self._rows_delivered, **self._counts} | {
-        f'{name}_padding': 1 - self._counts[f'{name}_tokens'] / (size * length)
+        f'{name}_padding': 1 - self._counts[f'{name}_tokens'] / (
+            self._rows_delivered * length) if self._rows_delivered else 0.0
         for name, length in lengths.items()}
 
   def close(self) -> None:
@@ -158,8 +159,8 @@ def fixed_batches(
 ) -> list[Batch]:
   """The batches of a held-out set: always the same, each document once.
 
-  Document i goes to row i % batch_size. All rows of all batches, on every host;
-  in the last batches rows without documents are all zero.
+  Document i belongs to stream i % batch_size; the streams' rows, in turn, fill
+  the batches, so only the last one can have rows without documents: all zero.
 
   Args:
     documents: held out.
@@ -169,7 +170,7 @@ def fixed_batches(
     max_batches: the first so many; 0: all.
 
   Returns:
-    Batches, name -> [batch_size, length] int32.
+    Batches, name -> [batch_size, length] int32, all rows on every host.
 
   Raises:
     DataError: a value that cannot be.
@@ -177,16 +178,14 @@ def fixed_batches(
   _check(documents, batch_size)
   streams = [RowStream(documents, vocabulary, options, batch_size, row,
                        held_out=True) for row in range(batch_size)]
-  batches: list[Batch] = []
-  while not max_batches or len(batches) < max_batches:
-    rows = [next(stream, None) for stream in streams]
-    made = [row.features for row in rows if row is not None]
-    if not made:
-      break
-    empty = {name: np.zeros_like(made[0][name]) for name in made[0]}
-    batches.append(_stack([
-        empty if row is None else row.features for row in rows]))
-  return batches
+  turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
+  limit = max_batches * batch_size or None
+  rows = [row.features for row in itertools.islice(
+      filter(None, turns), limit)]
+  empty = {name: np.zeros_like(rows[0][name]) for name in rows[0]}
+  rows += [empty] * (-len(rows) % batch_size)
+  return [_stack(rows[i:i + batch_size])
+          for i in range(0, len(rows), batch_size)]
 
 
 def _check(documents: Sequence[str], batch_size: int) -> None:

@@ -16,7 +16,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class Documents(Sequence[str]):
 
   def __init__(self, texts: Iterable[str]):
     self.skipped = 0
-    self._file = tempfile.TemporaryFile(prefix='longt5_documents_')
+    self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115
+        prefix='longt5_documents_')
     starts = array.array('q', [0])
     try:
       for text in texts:
@@ -188,7 +189,7 @@ def _records(file: str, source: str) -> Iterator[tuple[str, bytes]]:
     raise DataError(f'cannot decompress {file}: {error}') from None
 
 
-def _open(file: str) -> BinaryIO:
+def _open(file: str) -> IO[bytes]:
   if file.endswith('.gz'):
     return gzip.open(file)  # type: ignore[return-value]
   if file.endswith('.xz'):
@@ -257,7 +258,7 @@ def _json_text(field: str) -> Callable[[bytes], str]:
       raise _BadRecordError(f'not JSON that can be read: {error}') from None
     if not isinstance(value, dict):
       raise _BadRecordError(
-          f'a JSON {type(value).__name__}, not an object with a field {field!r}')
+          f'a JSON {type(value).__name__}, not an object with field {field!r}')
     if field not in value:
       raise _BadRecordError(f'no field {field!r}, only {sorted(value)}')
     text = value[field]

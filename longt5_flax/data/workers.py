@@ -5,7 +5,6 @@ there are. Workers are started afresh, not forked (JAX has threads) and not by
 `multiprocessing`, which would run the user's script again in each of them.
 """
 
-import logging
 import os
 import pickle
 import queue
@@ -26,7 +25,8 @@ _PREFETCH = 4
 # What a worker runs. It needs neither JAX nor what the package imports for
 # users: without them it starts in half a second less and 100 MB smaller.
 _WORKER = """
-import multiprocessing.connection, sys, types
+import absl.logging, multiprocessing.connection, sys, types
+absl.logging.set_verbosity('error')  # Grain warns that it cannot import JAX.
 pipe = multiprocessing.connection.Connection(int(sys.argv[1]))
 sys.path[:], folder = pipe.recv()
 sys.modules['jax'] = None
@@ -120,6 +120,9 @@ class _Worker:
     self._rows = sorted(job.states)
     self._made: queue.SimpleQueue[Any] = queue.SimpleQueue()
     self._free = threading.Semaphore(_PREFETCH)
+    self._stop = threading.Event()
+    # Here, because what cannot be pickled is the caller's mistake.
+    pickled = pickle.dumps(job)
     here, there = socket.socketpair()
     with there:
       # Blocked signals are inherited: Ctrl-C and a scheduler's SIGTERM are for
@@ -132,9 +135,9 @@ class _Worker:
             pass_fds=(there.fileno(), *job.filenos), stdin=subprocess.DEVNULL)
       finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    self._pipe = Connection(here.detach())
     threading.Thread(target=_fetch, daemon=True, args=(
-        self._pipe, job, self._made, self._free)).start()
+        Connection(here.detach()), pickled, self._made, self._free,
+        self._stop)).start()
 
   def take(self) -> dict[int, Made]:
     made = self._made.get()
@@ -151,13 +154,14 @@ class _Worker:
     return made
 
   def kill(self) -> None:
+    self._stop.set()
+    self._free.release()
     self._process.kill()
     self._process.wait()
-    self._free.release()  # Wakes the thread, which finds the pipe closed.
 
 
-def _fetch(pipe: Connection, job: Job, made: queue.SimpleQueue,
-           free: threading.Semaphore) -> None:
+def _fetch(pipe: Connection, job: bytes, made: queue.SimpleQueue,
+           free: threading.Semaphore, stop: threading.Event) -> None:
   """Sends the job and takes in results, a bounded number ahead.
 
   Ends with None when the pipe is closed.
@@ -166,9 +170,8 @@ def _fetch(pipe: Connection, job: Job, made: queue.SimpleQueue,
   with pipe:
     try:
       pipe.send((sys.path, folder))
-      pipe.send_bytes(pickle.dumps(job))
-      while True:
-        free.acquire()
+      pipe.send_bytes(job)
+      while free.acquire() and not stop.is_set():
         made.put(pipe.recv())
     except (EOFError, OSError):
       made.put(None)
@@ -176,8 +179,6 @@ def _fetch(pipe: Connection, job: Job, made: queue.SimpleQueue,
 
 def serve(pipe: Connection) -> None:
   """A worker's life: takes a job, makes its rows until nobody wants them."""
-  # Grain warns that it cannot import JAX.
-  logging.getLogger('absl').setLevel(logging.ERROR)
   try:
     rows = InProcess(pickle.loads(pipe.recv_bytes()))
     while True:

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -11,7 +12,7 @@ from longt5_flax.training.flops import mfu, train_flops
 
 
 class Meter:
-  """Real tokens a second and MFU since the last reading.
+  """Real tokens a second and MFU since the last reading, and memory.
 
   Args:
     model: LongT5Config.
@@ -53,7 +54,14 @@ class Meter:
         'decoder_tokens_per_second': tokens[1] / seconds,
         'steps_per_second': steps / seconds,
         'mfu': mfu(self._step_flops * steps / seconds, *self._device),
+        'peak_memory_bytes': _peak_memory(),
     }
+
+
+def _peak_memory():
+  """Of this process's first device so far; None where it does not count."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('peak_bytes_in_use')
 
 
 class ProgressReport:

@@ -255,3 +255,68 @@ def dense_weights(weights_NHCS, length):
         continue
       dense[:, i, j] = weights_NHCS[n, :, c, key]
   return dense
+
+
+# Memory. Sizes are counted in numbers, over everything that the forward and
+# backward pass write.
+
+LONG = dataclasses.replace(
+    CONFIG, num_heads=2, d_kv=8, local_radius=3, global_block_size=4)
+
+
+def largest(attention_type, length):
+  """Of all intermediate arrays, the size of the largest."""
+  model = LongT5EncoderModel(
+      dataclasses.replace(LONG, encoder_attention_type=attention_type))
+  tokens = jnp.ones((1, length), jnp.int32)
+  params = golden.random_params(model, tokens)
+  jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda params: jnp.sum(
+      model.apply({'params': params}, tokens))))(params)
+  return max(sizes(jaxpr.jaxpr))
+
+
+def sizes(jaxpr):
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      yield variable.aval.size
+    for value in equation.params.values():
+      for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, 'eqns')):
+        inner = getattr(inner, 'jaxpr', inner)
+        if hasattr(inner, 'eqns'):
+          yield from sizes(inner)
+
+
+def test_local_attention_makes_nothing_quadratic():
+  """At most weights [L, H, W], and the keys of all windows [3L, H, K]."""
+  heads, window, head_size = 2, 12, 8
+  for length in (256, 512):
+    assert largest('local', length) <= length * heads * max(
+        window, 3 * head_size)
+  # The check sees what it is about.
+  assert largest('full', 256) >= heads * 256 * 256
+
+
+def test_transient_global_attention_copies_no_global_keys():
+  """At most weights [L, H, W + G]; global keys for each block, [N, G, H, K],
+  would be 1.7 times as many here."""
+  length, heads, window, head_size = 256, 2, 12, 8
+  num_globals, blocks = length // 4, length // 4
+  bound = length * heads * (window + num_globals)
+  assert blocks * num_globals * heads * head_size > 1.6 * bound
+  assert largest('transient-global', length) <= bound
+
+
+def test_compiled_memory_of_local_attention_is_linear():
+  """Twice the length, twice the memory, forward and backward."""
+  model = LongT5EncoderModel(LONG)
+
+  def bytes_used(length):
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    step = golden.jit(jax.grad(
+        lambda params, tokens: jnp.sum(model.apply(params, tokens))))
+    return step.lower(params, tokens).compile(
+        ).memory_analysis().temp_size_in_bytes
+
+  short, long = bytes_used(1024), bytes_used(2048)
+  assert long < 2.1 * short, f'{short} bytes for 1024, {long} for 2048'

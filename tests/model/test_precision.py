@@ -27,7 +27,7 @@ ADDED = tuple(f'{layer}/__call__' for layer in (
 def with_large_outputs(params):
   """Attention and MLP outputs beyond float16, kernels within it."""
   def scale(path, leaf):
-    return leaf * 6e4 if path[-2].key in ('out', 'wo') else leaf
+    return leaf * 5e4 if path[-2].key in ('out', 'wo') else leaf
   params = jax.tree_util.tree_map_with_path(scale, params)
   assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(params)
              ) < FLOAT16_MAX

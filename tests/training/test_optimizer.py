@@ -229,7 +229,7 @@ def test_gradients_are_clipped_by_their_common_norm():
   """Adafactor's first step does not see a gradient's size; AdamW's epsilon
   does, once the gradients are tiny."""
   params, gradients = tree('params0'), tree('grad1')
-  norm = optax.global_norm(gradients)
+  norm = optax.tree.norm(gradients)
   clipped = make_optimizer(
       settings('adamw', clip_global_norm=1e-8), SCHEDULES['constant'])
   plain = make_optimizer(settings('adamw'), SCHEDULES['constant'])
