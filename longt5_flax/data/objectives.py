@@ -105,13 +105,22 @@ class GapSentences:
     count, ends = len(document.ids), document.ends
     if self._options.long_documents == 'cut':
       return self._make(document, slice(start, count), seeds), count
-    size = self._options.inputs_length - 1
-    if ends[count] - ends[start] <= size:
-      room = self._options.inputs_length, self._options.targets_length
+    whole = self._options.inputs_length, self._options.targets_length
+    if ends[count] - ends[start] < whole[0]:
+      return self._fit(document, start, seeds, whole)
+    example, end = self._fit(document, start, seeds, room)
+    # One sentence alone, masked, leaves nothing to tell it from.
+    if end == start + 1 and room != whole:
+      return self._fit(document, start, seeds, whole)
+    return example, end
+
+  def _fit(self, document: Sentences, start: int, seeds: tuple[int, ...],
+           room: tuple[int, int]) -> tuple[Example, int]:
+    """The longest piece found that fits a room, but at least one sentence."""
+    ends, size = document.ends, self._options.inputs_length - 1
     while True:
-      # The last sentence that ends within `size` tokens, but at least one.
       end = int(np.searchsorted(ends, ends[start] + size, side='right')) - 1
-      end = min(count, max(end, start + 1))
+      end = min(len(document.ids), max(end, start + 1))
       example = self._make(document, slice(start, end), seeds)
       excess = max(len(example.inputs) / room[0],
                    (len(example.targets) + example.lost) / room[1])

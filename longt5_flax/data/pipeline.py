@@ -126,7 +126,7 @@ class BatchIterator:
     self.close()
     self._states = {row: states[str(row)] for row in self._states}
 
-  def stats(self) -> dict[str, float]:
+  def stats(self) -> dict[str, int | float]:
     """What was delivered since this object was made.
 
     `rows`, `examples`, real `input_tokens` and `target_tokens`,

@@ -189,11 +189,11 @@ def _records(file: str, source: str) -> Iterator[tuple[str, bytes]]:
     raise DataError(f'cannot decompress {file}: {error}') from None
 
 
-def _open(file: str) -> IO[bytes]:
+def _open(file: str) -> Any:
   if file.endswith('.gz'):
-    return gzip.open(file)  # type: ignore[return-value]
+    return gzip.open(file)
   if file.endswith('.xz'):
-    return lzma.open(file)  # type: ignore[return-value]
+    return lzma.open(file)
   if file.endswith('.zst'):
     return io.BufferedReader(_ZstandardFile(file))
   return open(file, 'rb')
@@ -250,7 +250,7 @@ def _utf8(record: bytes) -> str:
 def _json_text(field: str) -> Callable[[bytes], str]:
   def parse(record: bytes) -> str:
     try:
-      value = json.loads(_utf8(record))
+      value = json.loads(_utf8(record.rstrip()))
     except json.JSONDecodeError as error:
       raise _BadRecordError(
           f'not JSON: {error.msg} at column {error.colno}') from None

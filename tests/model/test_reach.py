@@ -85,7 +85,8 @@ def test_local_reach_is_the_radius(radius, num_layers):
       found, np.abs(index[:, None] - index) <= radius * num_layers)
 
 
-@pytest.mark.parametrize('attention_type', ['local', 'transient-global', 'full'])
+@pytest.mark.parametrize(
+    'attention_type', ['local', 'transient-global', 'full'])
 def test_reach_in_a_packed_row(attention_type):
   """Nothing of other segments or of padding; through the global tokens all
   of the own segment, unless it is too short to have one."""
@@ -101,21 +102,6 @@ def test_reach_in_a_packed_row(attention_type):
     near[:] = True
   real = segments > 0
   np.testing.assert_array_equal(found[real], (same & near)[real])
-
-
-def test_positions_tell_where_blocks_begin():
-  """Two segments with one id, told apart by positions that restart."""
-  model, params = model_and_params(
-      encoder_attention_type='transient-global', local_radius=1)
-  tokens = jnp.arange(10, 18)[None]
-  segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
-  outputs = [
-      golden.jit(lambda params, positions: model.apply(
-          {'params': params}, tokens, segments, positions, method='encode'))(
-              params, positions)
-      for positions in (np.array([[0, 1, 2, 3, 0, 1, 2, 3]]),
-                        np.array([[0, 1, 2, 3, 4, 5, 6, 7]]))]
-  golden.assert_close(outputs[0], outputs[1], what='positions mod block size')
 
 
 PACKED = {
