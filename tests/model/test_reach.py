@@ -1,4 +1,5 @@
-"""Who depends on whom, proved by gradients: zero means exactly zero."""
+"""Who depends on whom, proved by gradients and by changes of one token: zero
+means exactly zero."""
 
 import dataclasses
 
@@ -22,31 +23,45 @@ def model_and_params(**fields):
   return model, golden.random_params(model, tokens, tokens)
 
 
-def reach(outputs, params):
-  """Whether output i depends on the embedding of token v: [length, vocabulary].
+def reach(outputs, params, tokens):
+  """Whether output i depends on input j: [outputs, inputs], for one row.
 
-  Tokens of a row are all different, so v stands for one position.
+  Found twice, by the gradient and by changing one input at a time, since a
+  gradient written by hand may not be that of what is computed. The tokens are
+  all different, so each has a row of the embedding to itself.
   """
-  def probed(embedding):
-    changed = params | {'token_embedder': {'embedding': embedding}}
-    output = outputs(changed)[0]
-    probe = np.random.default_rng(0).standard_normal(output.shape[1])
-    return output @ probe.astype(np.float32)
+  embedding = np.asarray(params['token_embedder']['embedding'])
 
-  jacobian = golden.jit(jax.jacrev(probed))(
-      params['token_embedder']['embedding'])
-  return np.abs(np.asarray(jacobian)).max(-1) > 0
+  def output(embedding):
+    return outputs(params | {'token_embedder': {'embedding': embedding}})[0]
+
+  def probed(embedding):
+    rows = output(embedding)
+    probe = np.random.default_rng(0).standard_normal(rows.shape[1])
+    return rows @ probe.astype(np.float32)
+
+  run = golden.jit(
+      lambda embedding: (jax.jacrev(probed)(embedding), output(embedding)))
+  jacobian, expected = map(np.asarray, run(embedding))
+  by_gradient = np.abs(jacobian).max(-1)[:, tokens] > 0
+  by_change = np.zeros_like(by_gradient)
+  for j, token in enumerate(tokens):
+    changed = embedding.copy()
+    changed[token] = changed[token][::-1] + 1
+    by_change[:, j] = (np.asarray(run(changed)[1]) != expected).any(-1)
+  np.testing.assert_array_equal(by_change, by_gradient)
+  return by_gradient
 
 
 def encoder_reach(segments, **fields):
   """[L, L]: does output i depend on input j, for one row."""
   model, params = model_and_params(**fields)
-  tokens = jnp.arange(10, 10 + len(segments))[None]
+  tokens = np.arange(10, 10 + len(segments))
   segments = jnp.array([segments])
-  found = reach(
+  return reach(
       lambda params: model.apply(
-          {'params': params}, tokens, segments, method='encode'), params)
-  return found[:, 10:10 + tokens.shape[1]]
+          {'params': params}, jnp.asarray(tokens)[None], segments,
+          method='encode'), params, tokens)
 
 
 def test_decoder_is_causal_and_sees_the_inputs():
@@ -55,11 +70,12 @@ def test_decoder_is_causal_and_sees_the_inputs():
   inputs, targets = jnp.arange(10, 22)[None], jnp.arange(40, 53)[None]
   segments = (jnp.arange(12)[None] < 9).astype(jnp.int32)
   found = reach(lambda params: model.apply(
-      {'params': params}, inputs, targets, segments), params)
+      {'params': params}, inputs, targets, segments), params,
+                [*range(10, 22), *range(40, 53)])
   np.testing.assert_array_equal(
-      found[:, 40:53], np.tril(np.ones((13, 13), bool)))
+      found[:, :12], np.broadcast_to(np.arange(12) < 9, (13, 12)))
   np.testing.assert_array_equal(
-      found[:, 10:22], np.broadcast_to(np.arange(12) < 9, (13, 12)))
+      found[:, 12:], np.tril(np.ones((13, 13), bool)))
 
 
 def test_packed_targets_see_their_own_segment_only():
@@ -69,11 +85,12 @@ def test_packed_targets_see_their_own_segment_only():
   target = np.array([1, 1, 1, 2, 2, 0, 0])
   found = reach(lambda params: model.apply(
       {'params': params}, inputs, targets, jnp.asarray(source)[None],
-      decoder_segment_ids=jnp.asarray(target)[None]), params)[:5]
+      decoder_segment_ids=jnp.asarray(target)[None]), params,
+                [*range(10, 20), *range(40, 47)])[:5]
   same = target[:5, None] == target
+  np.testing.assert_array_equal(found[:, :10], target[:5, None] == source)
   np.testing.assert_array_equal(
-      found[:, 40:47], same & np.tril(np.ones((5, 7), bool)))
-  np.testing.assert_array_equal(found[:, 10:20], target[:5, None] == source)
+      found[:, 10:], same & np.tril(np.ones((5, 7), bool)))
 
 
 @pytest.mark.parametrize('radius, num_layers', [(1, 1), (3, 1), (7, 1), (2, 2)])
