@@ -161,8 +161,9 @@ def test_workers_end_with_the_run(how):
   process = run(
       'batches = iterator(workers=2)\n'
       'next(batches)\n'
-      'print(*[w._process.pid for w in batches._source._workers], flush=True)\n'
       'try:\n'
+      '  print(*[w._process.pid for w in batches._source._workers],\n'
+      '        flush=True)\n'
       '  for _ in batches: time.sleep(0.001)\n'
       'except KeyboardInterrupt:\n'
       '  print("interrupted")\n', start_new_session=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longt5_flax.data import row_streams
 from longt5_flax.data.gap_sentences import GapSentenceOptions
 from longt5_flax.data.objectives import GapSentences
 from longt5_flax.data.options import PipelineOptions
@@ -20,6 +21,8 @@ VOCABULARY = Vocabulary(str(FOLDER / 'tiny.model'))
 TEXT = (FOLDER / 'owl_creek.txt').read_text('utf-8')
 # Of one paragraph each, from 4 to 700 tokens.
 DOCUMENTS = [part.strip() for part in TEXT.split('\n\n') if part.strip()]
+# Of several sentences; makes one example at 256 -> 96.
+FITS = DOCUMENTS[6]
 # Nothing is masked, so that inputs are the documents.
 NONE = GapSentenceOptions(strategy='none')
 RANDOM = GapSentenceOptions(strategy='random', ratio=0.5)
@@ -95,17 +98,34 @@ def test_piece_is_as_long_as_inputs_allow_where_targets_do():
 
 
 def test_room_is_filled_only_by_what_must_be_cut():
+  options, room = make_options(), (100, 40)
+  example, texts = examples_of(TEXT, options, room)[0]
+  _, longer = examples_of(TEXT, options)[0]
+  assert 1 < len(texts) < len(longer)
+  assert len(example.inputs) <= 100
+  assert len(example.targets) <= 40
+  (example, texts), = examples_of(FITS, options, room)
+  assert ''.join(texts) == FITS
+  assert len(example.inputs) > 100
+
+
+def test_room_is_not_filled_by_a_sentence_alone():
+  """Nothing would be left in the inputs to tell it from."""
   options = make_options()
-  room = 72, 32
-  for text in (TEXT, DOCUMENTS[0]):
-    example, texts = examples_of(text, options, room)[0]
-    whole, all_texts = examples_of(text, options)[0]
-    if text == TEXT:
-      assert len(example.inputs) <= 72 < len(whole.inputs)
-      assert len(example.targets) <= 32 < len(whole.targets)
-    else:
-      assert texts == all_texts
-      assert np.array_equal(example.inputs, whole.inputs)
+  (example, texts), (whole, longer) = (
+      examples_of(TEXT, options, room)[0] for room in ((40, 16), (256, 96)))
+  assert texts == longer
+  assert np.array_equal(example.inputs, whole.inputs)
+
+
+def test_pieces_fill_rows(monkeypatch):
+  def filled():
+    rows = take(RowStream([TEXT], VOCABULARY, make_options(), 1, 0), 80)
+    return np.mean([row.features['decoder_loss_weights'] for row in rows])
+
+  with_pieces = filled()
+  monkeypatch.setattr(row_streams, '_LEAST_ROOM', 1.0)
+  assert with_pieces > filled() + 0.03
 
 
 def test_long_sentence_is_cut_into_sentences():
@@ -272,6 +292,20 @@ def test_epochs_draw_anew():
                          gap_sentences=RANDOM)
   rows = take(RowStream(document, VOCABULARY, options, 1, 0), 4)
   assert len({tuple(segments(row)[0][1]) for row in rows}) == 4
+
+
+@pytest.mark.parametrize('long_documents', ['cut', 'pieces'])
+def test_state_after_any_row(long_documents):
+  options = make_options(long_documents=long_documents)
+  stream = RowStream([TEXT, *DOCUMENTS], VOCABULARY, options, 2, 1)
+  states, rows = [], []
+  for _ in range(60):
+    states.append(stream.get_state())
+    rows.append(next(stream).features['encoder_input_tokens'])
+  for done in range(0, 50, 3):
+    stream.set_state(states[done])
+    for row in rows[done:done + 9]:
+      assert np.array_equal(next(stream).features['encoder_input_tokens'], row)
 
 
 def test_state_is_of_as_many_documents():
