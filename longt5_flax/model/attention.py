@@ -36,7 +36,7 @@ def full_attention(
     key: Float[Array, 'B S H K'],
     value: Float[Array, 'B S H K'],
     bias: Float[Array, '#B #H #T #S'] | None,
-    mask: Bool[Array, '#B 1 T S'],
+    mask: Bool[Array, '#B 1 #T S'],
     dtype: DTypeLike,
 ) -> tuple[Float[Array, 'B T H K'], Float[Array, 'B H T S']]:
   """Softmax attention of every query to every key that the mask admits.

@@ -1,0 +1,19 @@
+"""Gap-sentence pretraining of full-base: 4096 -> 910 tokens, batch 128.
+
+Reproduces: T5.1.1 base under LongT5's pretraining: the baseline of full
+  attention. Memory grows with the square of the input.
+Command: python train.py --config=configs/full_base.py
+  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Hardware: not measured.
+Expect: nothing close to the published scores from a corpus smaller than C4 or
+  from fewer steps. Not run to its end by us.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.model.preset = 'full-base'
+  config.precision.remat = 'layer'
+  return config

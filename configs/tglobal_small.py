@@ -1,0 +1,19 @@
+"""Gap-sentence pretraining of tglobal-small: 4096 -> 910 tokens, batch 128.
+
+Reproduces: the published configuration of size small; no weights of it were
+  released.
+Command: python train.py --config=configs/tglobal_small.py
+  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Hardware: not measured.
+Expect: nothing close to the published scores from a corpus smaller than C4 or
+  from fewer steps. Not run to its end by us.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.model.preset = 'tglobal-small'
+  config.precision.remat = 'dots'
+  return config
