@@ -3,7 +3,8 @@
 Reproduces: nothing published; shows every part at work in a few minutes.
 Command: python train.py --config=configs/quickstart.py
 Hardware: 2 CPU cores, 2 GB of memory.
-Expect: see the README.
+Expect: a held-out loss that falls, and a held-out sentence that repeats common
+  words; see the README.
 """
 
 from configs import base
@@ -11,7 +12,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.steps = 600
+  config.steps = 400
   config.log_every_steps = 20
   config.model.preset = 'tglobal-tiny'
   config.model.vocab_size = 4096

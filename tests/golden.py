@@ -63,13 +63,13 @@ _HF_NAMES = (
 _LETTERS = {'q': 'query', 'k': 'key', 'v': 'value', 'o': 'out'}
 
 
-def jit(function: Callable) -> Callable:
+def jit(function: Callable, **options: Any) -> Callable:
   """`jax.jit` for small programs that run once or twice.
 
   Tests spend their time compiling, and three quarters of that is LLVM making
   loops fast. XLA's own passes run as ever.
   """
-  return jax.jit(function, compiler_options=_quick_options())
+  return jax.jit(function, compiler_options=_quick_options(), **options)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from longt5_flax.training.train_step import batch_loss
 
-
 # They change nothing but the rate and share a run with others.
 CONSTANT, RSQRT = (
     dict(schedule__name=name, schedule__learning_rate=0.5,

@@ -76,11 +76,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """The function that a run compiles once and calls for every step.
 
-  Args:
-    model: LongT5ForConditionalGeneration.
-    optimizer: as `make_optimizer` makes it.
-    schedule: for the metric `learning_rate`.
-    config: the run's; reads `seed`, `loss` and `optimizer.microbatches`.
+  `schedule` is for the metric `learning_rate`; of `config`, the run's, it reads
+  `seed`, `loss` and `optimizer.microbatches`.
   """
   dropout_key = named_key(config.seed, 'dropout')
   has_dropout = model.config.dropout_rate > 0
