@@ -344,5 +344,16 @@ def run(argv):
   return 128 + ended_by if ended_by else 0
 
 
+def parse_flags(argv):
+  """Reads the command line; a key or value that cannot be ends in one line."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    # What ml_collections raises for overrides that base.py has no place for.
+    reason = ' '.join(str(error.args[0] if error.args else error).split())
+    print(f'error: {reason}', file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == '__main__':
-  app.run(run)
+  app.run(run, flags_parser=parse_flags)

@@ -12,7 +12,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.steps = 400
+  config.steps = 200
   config.log_every_steps = 20
   config.model.preset = 'tglobal-tiny'
   config.model.vocab_size = 4096
@@ -28,9 +28,9 @@ def get_config():
   config.optimizer.name = 'adamw'
   config.schedule.name = 'cosine'
   config.schedule.learning_rate = 3e-3
-  config.schedule.warmup_steps = 50
+  config.schedule.warmup_steps = 20
   config.precision.dtype = 'float32'
-  config.checkpoint.every_steps = 200
-  config.eval.every_steps = 200
+  config.checkpoint.every_steps = 100
+  config.eval.every_steps = 100
   config.eval.samples = 1
   return config
