@@ -158,7 +158,7 @@ def test_mesh_batch_and_precision(run, monkeypatch):
 
   monkeypatch.setattr(
       'longt5_flax.training.train_step.batch_loss', recorded)
-  other = run(devices=2, mesh__fsdp=2, data__batch_size=16,
+  other = run(devices=4, mesh__fsdp=2, data__batch_size=16,
               optimizer__microbatches=2, precision__dtype='bfloat16',
               precision__remat='layer')
   assert traced == {(8, 'layer', 'bfloat16')}
@@ -168,7 +168,7 @@ def test_mesh_batch_and_precision(run, monkeypatch):
       batch['decoder_loss_weights'].sum() for batch in other.batches]
   sharding = other.shardings['encoder']['layers']['mlp']['wi_0']['kernel']
   assert sharding.spec == PartitionSpec(None, 'fsdp', 'tensor')
-  assert dict(sharding.mesh.shape) == dict(data=1, fsdp=2, tensor=1, sequence=1)
+  assert dict(sharding.mesh.shape) == dict(data=2, fsdp=2, tensor=1, sequence=1)
 
 
 @pytest.fixture(scope='module')
