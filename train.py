@@ -1,4 +1,4 @@
-"""Pretrains LongT5.
+r"""Pretrains LongT5.
 
   python train.py --config=configs/quickstart.py
   python train.py --config=configs/tglobal_large.py \
@@ -9,6 +9,7 @@ where the run was stopped. docs/reproducibility.md says what is exact.
 """
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -66,6 +67,7 @@ def main(config, workdir):
   """Runs what is left of a run, and returns the signal that ended it, or 0."""
   # --- Mesh -------------------------------------------------------------------
   run_config.check_config(config)
+  run_config.check_paths(config)
   mesh = partitioning.make_mesh(dict(config.mesh), jax.devices())
   run_config.check_batch(config, partitioning.rows_divisor(mesh))
   batch_size = config.data.batch_size
@@ -77,6 +79,8 @@ def main(config, workdir):
   run_config.check_vocabulary(vocabulary.size, model.config)
   options = pipeline_options(config, model.config.global_block_size)
   documents = load(config, config.data.path)
+  batches = BatchIterator(documents, vocabulary, options, batch_size, rows,
+                          config.data.workers)
   held_out = held_out_batches(config, vocabulary, options)
 
   # --- Model, optimizer, state ------------------------------------------------
@@ -94,6 +98,8 @@ def main(config, workdir):
   values = run_config.resolved(config)
   checkpoints, state, streams = restore(
       config, values, workdir, abstract, new_state, optimizer)
+  if streams is not None:
+    batches.set_state(streams)
   first_step = int(state.step)
   is_main = distributed.is_main()
   if is_main:
@@ -102,7 +108,7 @@ def main(config, workdir):
   report = ProgressReport(config.steps, first_step, is_main)
   report.say(
       f'{config.model.preset}: {num_parameters(abstract.params):,} parameters, '
-      f'{len(documents):,} documents, {jax.device_count()} x '
+      f'{describe(documents)}, {jax.device_count()} x '
       f'{jax.devices()[0].device_kind}; {workdir}, from step {first_step}')
 
   # --- Loop -------------------------------------------------------------------
@@ -129,11 +135,7 @@ def main(config, workdir):
       if writer:
         writer.write(step, 'train', metrics | rates)
 
-  with partitioning.active(mesh), BatchIterator(
-      documents, vocabulary, options, batch_size, rows,
-      config.data.workers) as batches:
-    if streams is not None:
-      batches.set_state(streams)
+  with partitioning.active(mesh), batches:
     pending = None
     for step in range(first_step + 1, config.steps + 1):
       profile(config.profile, step - first_step, workdir)
@@ -163,6 +165,7 @@ def main(config, workdir):
     report_data(batches.stats(), report)
 
   # --- End --------------------------------------------------------------------
+  end_profile(config.profile, int(state.step) - first_step)
   checkpoints.close()
   report.close()
   if stop.signal:
@@ -180,22 +183,32 @@ def main(config, workdir):
 
 def pipeline_options(config, global_block_size):
   """What `config` asks of the input pipeline."""
-  gap_sentences = dict(config.gap_sentences)
+  values = dict(config.gap_sentences)
   for name in ('stop_words', 'probabilities'):
-    gap_sentences[name] = tuple(gap_sentences[name])
-  gap_sentences['noise'] = gap_sentences['noise'] or None
+    values[name] = tuple(values[name])
+  values['noise'] = values['noise'] or None
+  try:
+    gap_sentences = GapSentenceOptions(**values)
+  except ValueError as error:
+    raise ConfigError(f'gap_sentences.{error}') from None
   data = config.data
   return PipelineOptions(
       objective=data.objective, inputs_length=data.inputs_length,
       targets_length=data.targets_length, packing=data.packing,
       long_documents=data.long_documents, global_block_size=global_block_size,
-      gap_sentences=GapSentenceOptions(**gap_sentences), seed=config.seed)
+      gap_sentences=gap_sentences, seed=config.seed)
 
 
 def load(config, path):
   """The documents at `path`."""
   return load_documents(path, config.data.source, field=config.data.field,
                         on_bad_record=config.data.on_bad_record)
+
+
+def describe(documents):
+  """How many documents, and what was left out."""
+  skipped = f' ({documents.skipped:,} bad records skipped)'
+  return f'{len(documents):,} documents' + skipped * bool(documents.skipped)
 
 
 def held_out_batches(config, vocabulary, options):
@@ -259,6 +272,13 @@ def profile(settings, step, workdir):
     jax.profiler.stop_trace()
 
 
+def end_profile(settings, steps):
+  """Stops the trace that is still running when a run ends after `steps`."""
+  first = settings.first_step
+  if first <= steps < first + settings.num_steps:
+    jax.profiler.stop_trace()
+
+
 class StopRequest:
   """Ends the loop after the step in hand on Ctrl-C or SIGTERM.
 
@@ -316,11 +336,12 @@ def say_what_next(report, workdir, config):
   """The commands that a person may want next."""
   python = os.path.relpath(sys.executable)
   python = sys.executable if python.startswith('..') else python
-  flag = next(arg for arg in sys.argv if arg.startswith('--config='))
+  same = shlex.join(arg for arg in sys.argv[1:]
+                    if not arg.startswith('--config.steps='))
   report.say(
       f'Next:\n'
       f'  tensorboard --logdir={workdir}\n'
-      f'  {python} train.py {flag} --config.steps={2 * config.steps}\n'
+      f'  {python} train.py {same} --config.steps={2 * config.steps}\n'
       f'  {python} train.py --config=configs/tglobal_base.py '
       '--config.data.path=YOUR.jsonl.xz '
       '--config.data.vocabulary=YOUR.model')
@@ -328,8 +349,7 @@ def say_what_next(report, workdir, config):
 
 def run(argv):
   """Starts `main`; a user's mistake becomes one line and exit code 2."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  del argv
   name = os.path.splitext(os.path.basename(
       config_flags.get_config_filename(flags.FLAGS['config'])))[0]
   if not flags.FLAGS['verbosity'].present:
@@ -345,13 +365,26 @@ def run(argv):
 
 
 def parse_flags(argv):
-  """Reads the command line; a key or value that cannot be ends in one line."""
+  """Reads the command line; a mistake becomes one line and exit code 2."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-    # What ml_collections raises for overrides that base.py has no place for.
-    reason = ' '.join(str(error.args[0] if error.args else error).split())
-    print(f'error: {reason}', file=sys.stderr)
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise flags.Error(f'unexpected argument {rest[1]!r}')
+    if _CONFIG.value is None:
+      raise flags.Error('--config=FILE is missing')
+    _CONFIG.value.lock()  # Raises what went wrong when the file was read.
+    return rest
+  except (flags.Error, KeyError, AttributeError, OSError) as error:
+    text = str(error)
+    if isinstance(error, OSError):  # The last line says what could not be read.
+      text = text.rpartition('\n')[2]
+    elif isinstance(error, KeyError | AttributeError):  # From ml_collections.
+      if 'Error whilst parsing config file' in text:
+        raise  # The file is a program, and this its own mistake.
+      while isinstance(error, Exception):
+        error = error.args[0]
+      text = f'no key {error}'.replace('\n', '. ')
+    print('error: ' + ' '.join(text.split()), file=sys.stderr)
     sys.exit(2)
 
 

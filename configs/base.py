@@ -1,4 +1,4 @@
-"""Every key of a run, with its default. All other configs are this one and a
+r"""Every key of a run, with its default. All other configs are this one and a
 few lines.
 
 Override any key on the command line, as in `--config.optimizer.name=adamw`;
@@ -7,7 +7,7 @@ what was used is in the run's config.json. Unknown keys are refused.
 Reproduces: nothing by itself; the defaults are the published pretraining
 settings of LongT5 (Guo et al. 2021, arXiv 2112.07916; T5X's gin files), for the
 base model with transient-global attention.
-Command: python train.py --config=configs/base.py
+Command: python train.py --config=configs/base.py \
   --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
 Hardware: the published batch of 128 x 4096 tokens wants 32 accelerators or
   more; see tglobal_base.py for one GPU.

@@ -1,7 +1,7 @@
-"""Gap-sentence pretraining of local-large: 4096 -> 910 tokens, batch 128.
+r"""Gap-sentence pretraining of local-large: 4096 -> 910 tokens, batch 128.
 
 Reproduces: LongT5 large with local attention only.
-Command: python train.py --config=configs/local_large.py
+Command: python train.py --config=configs/local_large.py \
   --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
 Hardware: As tglobal_large.py, and less memory.
 Expect: nothing close to the published scores from a corpus smaller than C4 or

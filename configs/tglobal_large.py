@@ -1,10 +1,10 @@
-"""Gap-sentence pretraining of tglobal-large: 4096 -> 910 tokens, batch 128.
+r"""Gap-sentence pretraining of tglobal-large: 4096 -> 910 tokens, batch 128.
 
 Reproduces: LongT5 large, transient-global attention: 780M parameters, 1M steps
   of C4. Published ROUGE-1/2/Lsum after fine-tuning: arXiv 48.28/21.63/44.11 and
   PubMed 49.98/24.69/46.46 at 16,384 tokens, MultiNews 47.18/18.44/24.18 at
   8192.
-Command: python train.py --config=configs/tglobal_large.py
+Command: python train.py --config=configs/tglobal_large.py \
   --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
 Hardware: not measured; several devices, of which --config.mesh.fsdp=8 splits
   parameters and optimizer as well as the batch.

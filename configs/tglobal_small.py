@@ -1,8 +1,8 @@
-"""Gap-sentence pretraining of tglobal-small: 4096 -> 910 tokens, batch 128.
+r"""Gap-sentence pretraining of tglobal-small: 4096 -> 910 tokens, batch 128.
 
 Reproduces: the published configuration of size small; no weights of it were
   released.
-Command: python train.py --config=configs/tglobal_small.py
+Command: python train.py --config=configs/tglobal_small.py \
   --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
 Hardware: not measured.
 Expect: nothing close to the published scores from a corpus smaller than C4 or

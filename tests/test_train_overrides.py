@@ -158,7 +158,7 @@ def test_mesh_batch_and_precision(run, monkeypatch):
 
   monkeypatch.setattr(
       'longt5_flax.training.train_step.batch_loss', recorded)
-  other = run(devices=4, mesh__fsdp=2, data__batch_size=16,
+  other = run(devices=2, mesh__fsdp=2, data__batch_size=16,
               optimizer__microbatches=2, precision__dtype='bfloat16',
               precision__remat='layer')
   assert traced == {(8, 'layer', 'bfloat16')}
@@ -168,7 +168,14 @@ def test_mesh_batch_and_precision(run, monkeypatch):
       batch['decoder_loss_weights'].sum() for batch in other.batches]
   sharding = other.shardings['encoder']['layers']['mlp']['wi_0']['kernel']
   assert sharding.spec == PartitionSpec(None, 'fsdp', 'tensor')
-  assert dict(sharding.mesh.shape) == dict(data=2, fsdp=2, tensor=1, sequence=1)
+  assert dict(sharding.mesh.shape) == dict(data=1, fsdp=2, tensor=1, sequence=1)
+
+
+def test_next_command_goes_on_with_the_same_overrides(run):
+  command = next(line for line in sizes_run(run).printed.splitlines()
+                 if '--config.model.d_ff=96' in line)
+  assert command.endswith(' --config.steps=6')
+  assert '--config.steps=3' not in command
 
 
 @pytest.fixture(scope='module')
@@ -179,7 +186,7 @@ def loop(run):
       checkpoint__keep=2, checkpoint__keep_every_steps=2,
       eval__every_steps=2, eval__max_batches=1,
       data__validation_path=tiny_runs.TINY['data.path'],
-      profile__first_step=2, profile__num_steps=1)
+      profile__first_step=4, profile__num_steps=9)
 
 
 def test_log_every_steps(loop):
@@ -199,6 +206,7 @@ def test_evaluation(loop, run):
 
 
 def test_profile(loop, run):
+  """Also where the run ends before the trace was to."""
   assert len(list(loop.workdir.rglob('*.xplane.pb'))) == 1
   assert not list(run().workdir.rglob('*.xplane.pb'))
 

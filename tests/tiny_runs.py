@@ -43,10 +43,15 @@ def parse(*arguments: str) -> tuple[ConfigDict, list[str]]:
   return config.value, rest
 
 
+def arguments(overrides: dict[str, Any]) -> list[str]:
+  """The command line of a tiny run."""
+  return [CONFIG, *(f'--config.{name}={value}' for name, value
+                    in (TINY | overrides).items())]
+
+
 def tiny(overrides: dict[str, Any]) -> ConfigDict:
   """The config of a tiny run; values reach it as text, as a shell's do."""
-  return parse(CONFIG, *(f'--config.{name}={value}' for name, value
-                         in (TINY | overrides).items()))[0]
+  return parse(*arguments(overrides))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,7 @@ def run(workdir: Path, overrides: dict[str, Any], devices: int = 1) -> Run:
     patch.setattr(train.Checkpoints, 'save', recorded_save)
     patch.setattr(train.ProgressReport, 'say', recorded_say)
     patch.setattr(train.partitioning, 'make_mesh', small_mesh)
-    patch.setattr('sys.argv', ['train.py', CONFIG])
+    patch.setattr('sys.argv', ['train.py', *arguments(overrides)])
     assert train.main(tiny(overrides), str(workdir)) == 0
   return Run(workdir, batches, shardings[-1] if shardings else None,
              '\n'.join(printed))

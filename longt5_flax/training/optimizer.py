@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from longt5_flax.config import ConfigError
@@ -92,4 +91,4 @@ def _stack_of(path, leaf):
 
 def num_parameters(params: Any) -> int:
   """How many numbers the tree holds."""
-  return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

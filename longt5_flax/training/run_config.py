@@ -21,13 +21,18 @@ from longt5_flax.training.schedules import make_schedule
 
 _AT_LEAST_ONE = (
     'steps', 'log_every_steps', 'data.inputs_length', 'data.targets_length',
-    'data.batch_size', 'optimizer.microbatches', 'checkpoint.every_steps',
-    'checkpoint.keep', 'eval.every_steps', 'eval.sample_length')
+    'data.batch_size', 'optimizer.microbatches',
+    'optimizer.min_dim_size_to_factor', 'checkpoint.every_steps',
+    'checkpoint.keep', 'eval.every_steps', 'eval.sample_length',
+    'profile.first_step')
 _AT_LEAST_ZERO = (
     'data.workers', 'data.extra_ids', 'checkpoint.keep_every_steps',
-    'eval.max_batches', 'eval.samples', 'profile.first_step',
-    'profile.num_steps', 'loss.z_loss', 'optimizer.clip_global_norm',
-    'optimizer.weight_decay')
+    'eval.max_batches', 'eval.samples', 'profile.num_steps', 'loss.z_loss',
+    'optimizer.clip_global_norm', 'optimizer.weight_decay')
+_ABOVE_ZERO = ('optimizer.eps', 'optimizer.clipping_threshold')
+_BELOW_ONE = (
+    'loss.label_smoothing', 'optimizer.decay_rate', 'optimizer.b1',
+    'optimizer.b2')
 _CHOICES = {
     'precision.dtype': DTYPES,
     'precision.remat': REMAT_POLICIES,
@@ -64,19 +69,32 @@ def check_config(config: Any) -> None:
   for names, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
     for name in names:
       value = _value(config, name)
-      if value < least:
+      if not value >= least:  # Nor NaN.
         raise ConfigError(f'{name}={value} must be at least {least}.')
   for name, known in _CHOICES.items():
     value = _value(config, name)
     if value not in known:
       raise ConfigError(f'{name}={value!r} must be one of {known}.')
-  smoothing = config.loss.label_smoothing
-  if not 0 <= smoothing < 1:
-    raise ConfigError(f'loss.label_smoothing={smoothing} must be in [0, 1).')
+  for name in _ABOVE_ZERO:
+    value = _value(config, name)
+    if not value > 0:
+      raise ConfigError(f'{name}={value} must be > 0.')
+  for name in _BELOW_ONE:
+    value = _value(config, name)
+    if not 0 <= value < 1:
+      raise ConfigError(f'{name}={value} must be in [0, 1).')
   if config.init_from and not config.init_from.startswith('run:'):
     raise ConfigError(f'init_from={config.init_from!r} must be run:WORKDIR.')
   model_config(config.model)
   make_schedule(**config.schedule, steps=config.steps)
+
+
+def check_paths(config: Any) -> None:
+  """Refuses a run that was not told what to read."""
+  for name, what in (('data.path', 'the files to train on'),
+                     ('data.vocabulary', 'a SentencePiece model')):
+    if not _value(config, name):
+      raise ConfigError(f'{name} is empty: it must name {what}.')
 
 
 def check_batch(config: Any, row_parts: int) -> None:

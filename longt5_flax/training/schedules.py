@@ -1,5 +1,6 @@
 """Learning rates as functions of the step, counted from 0."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -33,8 +34,9 @@ def make_schedule(
   """
   if name not in SCHEDULES:
     raise ConfigError(f'schedule.name={name!r} must be one of {SCHEDULES}.')
-  if learning_rate <= 0:
-    raise ConfigError(f'schedule.learning_rate={learning_rate} must be > 0.')
+  if not 0 < learning_rate < math.inf:
+    raise ConfigError(f'schedule.learning_rate={learning_rate} must be > 0 '
+                      'and finite.')
   if warmup_steps < 0:
     raise ConfigError(f'schedule.warmup_steps={warmup_steps} must be >= 0.')
   if name in ('linear', 'cosine') and warmup_steps >= steps:
