@@ -76,7 +76,7 @@ def main(config, workdir):
   # --- Data -------------------------------------------------------------------
   vocabulary = Vocabulary(config.data.vocabulary, config.data.extra_ids)
   model = run_config.make_model(config)
-  run_config.check_vocabulary(vocabulary.size, model.config)
+  run_config.check_vocabulary(vocabulary, model.config)
   options = pipeline_options(config, model.config.global_block_size)
   documents = load(config, config.data.path)
   batches = BatchIterator(documents, vocabulary, options, batch_size, rows,

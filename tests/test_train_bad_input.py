@@ -101,6 +101,8 @@ def one_of(*names):
     ({'data.vocabulary': ''},
      'data.vocabulary is empty: it must name a SentencePiece model.'),
     # No such model.
+    ({'model.eos_token_id': 2}, 'data.vocabulary has eos_id=1, which must '
+     'equal model.eos_token_id=2.'),
     ({'model.d_kv': 0}, 'd_kv=0 must be at least 1.'),
     ({'model.num_heads': 0}, 'num_heads=0 must be at least 1.'),
     ({'model.local_radius': 0}, 'local_radius=0 must be at least 1.'),

@@ -85,9 +85,7 @@ def _product(spec, dtype, out_dtype, a, b):
   a, a_exponent = _scale_to_float16(a)
   b, b_exponent = _scale_to_float16(b)
   product = jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-  # Twice, since the sum of the exponents may itself be out of range.
-  product = jnp.ldexp(jnp.ldexp(product, a_exponent), b_exponent)
-  return product.astype(out_dtype)
+  return _shift(product, a_exponent + b_exponent).astype(out_dtype)
 
 
 def _scale_to_float16(x):
@@ -95,4 +93,18 @@ def _scale_to_float16(x):
   x = x.astype(jnp.float32)
   _, exponent = jnp.frexp(jnp.max(jnp.abs(x), initial=0.0))
   exponent = exponent - _FLOAT16_TOP
-  return jnp.ldexp(x, -exponent).astype(jnp.float16), exponent
+  return _shift(x, -exponent).astype(jnp.float16), exponent
+
+
+def _shift(x, exponent):
+  """`x * 2 ** exponent`: two products instead of ldexp's dozen operations, and
+  two because one factor reaches only 2^-126 to 2^127."""
+  half = jnp.clip(exponent // 2, -126, 126)
+  rest = jnp.clip(exponent - half, -126, 127)
+  return x * _power_of_two(half) * _power_of_two(rest)
+
+
+def _power_of_two(exponent):
+  """Exact, as exp2 need not be: the exponent's bits of a float32."""
+  return jax.lax.bitcast_convert_type(
+      (exponent.astype(jnp.int32) + 127) << 23, jnp.float32)

@@ -36,7 +36,8 @@ def relative_position_bucket(
   far = exact + np.floor(
       np.log(np.maximum(distance, 1) / exact + 1e-9) * scale).astype(int)
   far = np.minimum(far, num_buckets - 1)
-  return (buckets + np.where(distance < exact, distance, far)).astype(np.int32)
+  buckets = buckets + np.where(distance < exact, distance, far)
+  return np.asarray(buckets, np.int32)
 
 
 def offset_bias(

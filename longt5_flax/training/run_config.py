@@ -111,12 +111,23 @@ def check_batch(config: Any, row_parts: int) -> None:
         f'= {row_parts} times optimizer.microbatches={microbatches}.')
 
 
-def check_vocabulary(size: int, model: LongT5Config) -> None:
-  """Refuses a vocabulary that the embedding has no rows for."""
-  if size > model.vocab_size:
+def check_vocabulary(vocabulary: Any, model: LongT5Config) -> None:
+  """Refuses a vocabulary of other special ids, or one that the embedding has
+  no rows for.
+
+  Args:
+    vocabulary: with `size`, `pad_id` and `eos_id`.
+    model: the architecture.
+  """
+  for theirs, ours in (('pad_id', 'pad_token_id'), ('eos_id', 'eos_token_id')):
+    if getattr(vocabulary, theirs) != getattr(model, ours):
+      raise ConfigError(
+          f'data.vocabulary has {theirs}={getattr(vocabulary, theirs)}, which '
+          f'must equal model.{ours}={getattr(model, ours)}.')
+  if vocabulary.size > model.vocab_size:
     raise ConfigError(
-        f'data.vocabulary has {size} ids with its sentinels, more than '
-        f'model.vocab_size={model.vocab_size}: raise that, or lower '
+        f'data.vocabulary has {vocabulary.size} ids with its sentinels, more '
+        f'than model.vocab_size={model.vocab_size}: raise that, or lower '
         'data.extra_ids.')
 
 

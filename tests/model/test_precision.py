@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
+from longt5_flax.model.precision import contract
 
 CONFIG = LongT5Config(
     vocab_size=64, d_model=16, d_kv=8, num_heads=1, d_ff=16, num_layers=1,
@@ -115,3 +116,23 @@ def test_encoder_output_is_float32():
   assert encoded.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(shape)} == {
       jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('left, right', [
+    (120, -120), (-120, 100), (60, 60), (-60, -60),
+    (-120, 120)])
+def test_float16_products_do_not_depend_on_scale(left, right):
+  """Powers of two on the operands come out of the product exactly."""
+  generator = np.random.default_rng(0)
+  a = generator.integers(1, 9, (1, 3, 5)).astype(np.float32)
+  b = generator.integers(-8, 9, (5, 4)).astype(np.float32)
+  product = contract('BLD,DF->BLF', jnp.ldexp(a, left), jnp.ldexp(b, right),
+                     jnp.float16)
+  np.testing.assert_array_equal(
+      product, np.ldexp(a.astype(np.float64) @ b, left + right))
+
+
+def test_float16_product_of_zeros_is_zero():
+  zeros = jnp.zeros((1, 3, 5))
+  assert not np.any(contract('BLD,DF->BLF', zeros, jnp.ones((5, 4)),
+                             jnp.float16))
