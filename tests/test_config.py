@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
-import golden
 import jaxtyping
 import pytest
 
+import golden
 from longt5_flax import LongT5Config
 from longt5_flax.config import PRESETS, ConfigError
 

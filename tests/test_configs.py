@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
-import runs
-import tiny_runs
 from absl import flags
 
+import runs
+import tiny_runs
 from longt5_flax.config import LongT5Config
 from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.optimizer import make_optimizer, num_parameters

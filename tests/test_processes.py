@@ -4,6 +4,7 @@ import socket
 
 import numpy as np
 import pytest
+
 import runs
 
 

@@ -6,9 +6,9 @@ import re
 import sys
 
 import pytest
+
 import runs
 import tiny_runs
-
 import train
 from longt5_flax.config import PRESETS, ConfigError
 from longt5_flax.data.gap_sentences import STRATEGIES

@@ -6,9 +6,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_runs
 from jax.sharding import PartitionSpec
 
+import tiny_runs
 from longt5_flax.training.train_step import batch_loss
 
 # They change nothing but the rate and share a run with others.

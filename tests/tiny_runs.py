@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import runs
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
+import runs
 import train
 from longt5_flax.training.metrics import read_metrics
 

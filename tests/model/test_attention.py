@@ -8,12 +8,12 @@ code with the package.
 import dataclasses
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax import LongT5Config, LongT5EncoderModel
 
 BUCKETS = golden.read('relative_position_buckets')['bidirectional']

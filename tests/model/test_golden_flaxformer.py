@@ -2,12 +2,12 @@
 
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax import LongT5ForConditionalGeneration
 from longt5_flax.interop.layers import stack_layers, unstack_layers
 from longt5_flax.model.global_tokens import assign_global_blocks

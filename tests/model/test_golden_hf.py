@@ -2,16 +2,16 @@
 
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax import (
-    LongT5EncoderModel,
-    LongT5ForConditionalGeneration,
-    LongT5Model,
+  LongT5EncoderModel,
+  LongT5ForConditionalGeneration,
+  LongT5Model,
 )
 from longt5_flax.training.losses import cross_entropy
 

@@ -4,18 +4,18 @@ rematerialisation, dropout, step-by-step decoding, published sizes."""
 import dataclasses
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax import (
-    ConfigError,
-    LongT5Config,
-    LongT5EncoderModel,
-    LongT5ForConditionalGeneration,
-    LongT5Model,
+  ConfigError,
+  LongT5Config,
+  LongT5EncoderModel,
+  LongT5ForConditionalGeneration,
+  LongT5Model,
 )
 from longt5_flax.interop.layers import stack_layers, unstack_layers
 

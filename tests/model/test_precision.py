@@ -4,12 +4,12 @@ their rounding allows, also where float16's largest number is passed."""
 import dataclasses
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 from longt5_flax.model.precision import contract
 

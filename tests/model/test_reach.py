@@ -3,12 +3,12 @@ means exactly zero."""
 
 import dataclasses
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 
 CONFIG = LongT5Config(

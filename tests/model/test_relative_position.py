@@ -1,14 +1,14 @@
 """Buckets of offsets, and the matrices of biases made from them."""
 
-import golden
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax.model.relative_position import (
-    offset_bias,
-    relative_position_bucket,
-    toeplitz,
+  offset_bias,
+  relative_position_bucket,
+  toeplitz,
 )
 
 

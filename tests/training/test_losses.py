@@ -2,12 +2,12 @@
 
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from longt5_flax.training.losses import cross_entropy
 
 

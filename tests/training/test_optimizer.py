@@ -3,13 +3,13 @@
 import functools
 import types
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import golden
 from longt5_flax import ConfigError
 from longt5_flax.interop.layers import stack_layers, unstack_layers
 from longt5_flax.training.optimizer import make_optimizer

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import assert_close, jit
 from ml_collections import ConfigDict
 
+from golden import assert_close, jit
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 from longt5_flax.config import ConfigError
 from longt5_flax.interop.layers import unstack_layers
@@ -17,10 +17,10 @@ from longt5_flax.training import partitioning
 from longt5_flax.training.optimizer import make_optimizer
 from longt5_flax.training.schedules import make_schedule
 from longt5_flax.training.train_step import (
-    TrainState,
-    batch_loss,
-    init_state,
-    make_train_step,
+  TrainState,
+  batch_loss,
+  init_state,
+  make_train_step,
 )
 
 CONFIG = LongT5Config.preset(
