@@ -111,7 +111,7 @@ MUTANTS = [
            '    return sums.loss_sum, sums\n',
            '    return sums.loss_sum / sums.weight_sum, sums\n',
            'tests/training/test_train_step.py'
-           '::test_sum_normalization_keeps_the_published_gradient'),
+           '::test_gradient_accumulation_equals_the_large_batch'),
     Mutant('last microbatch left out',
            'longt5_flax/training/train_step.py',
            'rest = jax.tree.map(lambda x: x[1:], parts)',
