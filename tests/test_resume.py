@@ -70,10 +70,12 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path, whole, cache, number):
   output = runs.finish(interrupt(tmp_path, cache, number), code=128 + number)
   assert 'the same command goes on' in output
   assert 'Traceback' not in output
+  stopped = runs.metrics(tmp_path)[-1]['step']
+  assert f'Stopped at step {stopped};' in output
+  assert (tmp_path / 'checkpoints' / str(stopped)).is_dir()  # No step is lost.
   output = runs.finish(runs.start(runs.command(
       tmp_path, steps=STEPS, checkpoint__every_steps=2), cache))
-  stopped = max(line['step'] for line in runs.metrics(tmp_path))
-  assert stopped == STEPS
+  assert f'from step {stopped}' in output
   assert_same_run(tmp_path, whole)
 
 

@@ -212,6 +212,12 @@ def test_dropout_depends_on_seed_and_step_alone():
   again = run(dict(data=1), model_config=config)[1]
   other = run(dict(data=1), steps=1, model_config=config, seed=1)[1]
   assert [m['loss'] for m in first] == [m['loss'] for m in again]
+  mesh, state, step = compiled((('data', 1),), config, True, ())
+  with partitioning.active(mesh):
+    losses = [step(state.replace(step=state.step + i), make_batch(0))[1]['loss']
+              for i in range(2)]
+  assert losses[0] == first[0]['loss']
+  assert losses[1] != losses[0]
   assert first[0]['loss'] != other[0]['loss']
 
 
