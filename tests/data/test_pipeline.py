@@ -124,7 +124,9 @@ def test_state_is_of_what_was_delivered(expected):
 def run(code, *args, **kwargs):
   """A user's script: it imports JAX and has no `if __name__ == '__main__'`."""
   header = (
-      'import json, jax, os, sys, time\n'
+      'import json, jax, os, signal, sys, time\n'
+      # A shell's background jobs begin with Ctrl-C ignored.
+      'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
       f'sys.path[:0] = [{str(Path(__file__).parent)!r}, '
       f'{str(Path(__file__).parent.parent.parent)!r}]\n'
       'from test_pipeline import *\n')
@@ -174,7 +176,10 @@ def test_workers_end_with_the_run(how):
     os.killpg(process.pid, signal.SIGINT)
   else:
     process.kill()
-  output, errors = process.communicate(timeout=60)
+  try:
+    output, errors = process.communicate(timeout=60)
+  finally:
+    process.kill()
   assert errors == ''
   if how == 'Ctrl-C':
     assert (process.returncode, output) == (0, 'interrupted\n')
