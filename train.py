@@ -33,7 +33,7 @@ from longt5_flax.data.pipeline import (
 )
 from longt5_flax.data.sources import DataError, load_documents
 from longt5_flax.data.vocabulary import Vocabulary
-from longt5_flax.interop.orbax import restore_run_params
+from longt5_flax.interop.orbax import checkpoint_steps, restore_run_params
 from longt5_flax.samples import write_samples
 from longt5_flax.training import distributed, partitioning, run_config
 from longt5_flax.training.checkpoints import (
@@ -227,14 +227,14 @@ def restore(config, values, workdir, abstract, new_state, optimizer):
   2. Else `init_from`: its parameters; step and optimizer are new.
   3. Else everything is new.
   """
-  directory = os.path.join(workdir, 'checkpoints')
-  has_run = os.path.isdir(directory)
-  if not has_run and config.init_from:
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  latest = max(checkpoint_steps(workdir), default=None)
+  if latest is None and config.init_from:
     params = restore_run_params(
         config.init_from.removeprefix('run:'), abstract.params)
-  checkpoints = Checkpoints(directory, config.checkpoint)
-  latest = checkpoints.latest_step
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  # Makes the folder, so only after all that can be refused.
+  checkpoints = Checkpoints(
+      os.path.join(workdir, 'checkpoints'), config.checkpoint)
   if latest is not None:
     check_same_run(checkpoints.config(latest), values, workdir)
     return checkpoints, *checkpoints.restore(latest, abstract)
@@ -243,8 +243,7 @@ def restore(config, values, workdir, abstract, new_state, optimizer):
         optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
     return checkpoints, TrainState(step, params, opt_state), None
-  state = jax.jit(new_state, out_shardings=shardings)()
-  return checkpoints, state, None
+  return checkpoints, jax.jit(new_state, out_shardings=shardings)(), None
 
 
 def evaluate(eval_step, params, held_out, mesh, report, writer, step):

@@ -38,3 +38,9 @@ for path in (_TESTS, _TESTS.parent):
 def testdata() -> Path:
   """The folder of small files that tests read."""
   return _TESTS / 'testdata'
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Compiled programs of the processes that a file starts: each once."""
+  return tmp_path_factory.mktemp('cache')

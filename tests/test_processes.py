@@ -18,11 +18,6 @@ def start_two(workdir, cache, **settings):
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
 def one(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp('one')
   runs.finish(runs.start(runs.command(

@@ -12,12 +12,6 @@ STEPS = 12
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  """Compiled programs, so that each is compiled once in this file."""
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
 def whole(tmp_path_factory, cache):
   """A run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp('whole')
@@ -80,6 +74,8 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path, whole, cache, number):
 
 
 def test_init_from_takes_parameters_only(tmp_path, whole, cache):
+  # As a run leaves it that was killed before its first checkpoint.
+  (tmp_path / 'checkpoints').mkdir()
   runs.finish(runs.start(runs.command(
       tmp_path, steps=1, init_from=f'run:{whole}',
       precision__scan_layers=False, schedule__learning_rate=1e-30), cache))

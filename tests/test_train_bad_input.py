@@ -269,6 +269,9 @@ def test_skipped_records_are_counted(finished):
      'keep the value, or choose another --workdir.'),
     ({'model.d_ff': 128}, '{} holds a run with model.d_ff=64, not 128: keep '
      'the value, or choose another --workdir.'),
+    ({'precision.scan_layers': False}, '{} holds a run with '
+     'precision.scan_layers=True, not False: keep the value, or choose another '
+     '--workdir.'),
     ({'gap_sentences.ratio': 0.3}, '{} holds a run with '
      'gap_sentences.ratio=0.2, not 0.3: keep the value, or choose another '
      '--workdir.'),

@@ -10,6 +10,18 @@ from longt5_flax.config import ConfigError
 from longt5_flax.interop.layers import stack_layers, unstack_layers
 
 
+def checkpoint_steps(workdir: str) -> list[int]:
+  """The steps of a run's whole checkpoints; unlike Orbax's manager, makes no
+  folder where there is none."""
+  directory = _directory(workdir)
+  return ocp.utils.checkpoint_steps(directory) if os.path.isdir(
+      directory) else []
+
+
+def _directory(workdir):
+  return os.path.join(os.path.abspath(workdir), 'checkpoints')
+
+
 def restore_run_params(workdir: str, params: Any) -> Any:
   """The parameters of a run's newest checkpoint.
 
@@ -23,10 +35,7 @@ def restore_run_params(workdir: str, params: Any) -> Any:
     ConfigError: there is no checkpoint, or its parameters are not the ones
       wanted; the message names the first that differs.
   """
-  directory = os.path.join(os.path.abspath(workdir), 'checkpoints')
-  # Looked at first: the manager would make the folder.
-  steps = ocp.utils.checkpoint_steps(directory) if os.path.isdir(
-      directory) else []
+  directory, steps = _directory(workdir), checkpoint_steps(workdir)
   if not steps:
     raise ConfigError(f'init_from=run:{workdir}: no checkpoint in {directory}.')
   path = os.path.join(directory, str(max(steps)), 'state')

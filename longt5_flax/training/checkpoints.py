@@ -15,10 +15,11 @@ from longt5_flax.config import ConfigError
 # Values of a run that may change when it goes on: they decide neither shapes
 # nor the order of data.
 _FREE_SECTIONS = frozenset({
-    'checkpoint', 'eval', 'init_from', 'log_every_steps', 'mesh', 'precision',
-    'profile', 'schedule', 'steps'})
+    'checkpoint', 'eval', 'init_from', 'log_every_steps', 'mesh', 'profile',
+    'schedule', 'steps'})
 _FREE_KEYS = frozenset({
-    'data.workers', 'data.validation_path', 'optimizer.microbatches'})
+    'data.workers', 'data.validation_path', 'optimizer.microbatches',
+    'precision.attention', 'precision.dtype', 'precision.remat'})
 
 
 class Checkpoints:

@@ -89,13 +89,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
-  """The sharding of every parameter, from its name."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: NamedSharding(
-          mesh, _spec(_axes(path, leaf.ndim), leaf.shape, mesh)), params)
-
-
 def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
   """The sharding of every leaf of a train state.
 

@@ -252,8 +252,10 @@ def test_every_parameter_has_logical_axes():
   abstract = jax.eval_shape(lambda: init_state(model, optimizer, 0))
   mesh = partitioning.make_mesh(
       dict(data=1, fsdp=8, tensor=1, sequence=1), jax.devices())
-  shardings = partitioning.param_shardings(abstract.params, mesh)
+  shardings = partitioning.state_shardings(
+      abstract.params, abstract.params, mesh)
   assert all(isinstance(x, jax.sharding.NamedSharding)
              for x in jax.tree.leaves(shardings))
+  other = {'other': {'kernel': jnp.ones((8, 8))}}
   with pytest.raises(KeyError, match='other/kernel: no logical axes'):
-    partitioning.param_shardings({'other': {'kernel': jnp.ones((8, 8))}}, mesh)
+    partitioning.state_shardings(other, other, mesh)
