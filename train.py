@@ -2,7 +2,8 @@ r"""Pretrains LongT5.
 
   python train.py --config=configs/quickstart.py
   python train.py --config=configs/tglobal_large.py \
-    --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+    --config.data.source=jsonl --config.data.path=books.jsonl.xz \
+    --config.data.vocabulary=m.model
 
 Every key of configs/base.py can be overridden. The same command again goes on
 where the run was stopped. docs/reproducibility.md says what is exact.
@@ -24,16 +25,11 @@ from rich.panel import Panel
 from rich.text import Text
 
 import longt5_flax
+from longt5_flax.command_line import MISTAKES, one_line
 from longt5_flax.config import ConfigError
-from longt5_flax.data.gap_sentences import GapSentenceOptions
-from longt5_flax.data.pipeline import (
-    BatchIterator,
-    PipelineOptions,
-    fixed_batches,
-)
-from longt5_flax.data.sources import DataError, load_documents
-from longt5_flax.data.vocabulary import Vocabulary
-from longt5_flax.interop.orbax import checkpoint_steps, restore_run_params
+from longt5_flax.data.sources import DataError
+from longt5_flax.inputs import make_inputs
+from longt5_flax.interop.orbax import checkpoint_steps
 from longt5_flax.samples import write_samples
 from longt5_flax.training import distributed, partitioning, run_config
 from longt5_flax.training.checkpoints import (
@@ -41,6 +37,7 @@ from longt5_flax.training.checkpoints import (
     abstract_state,
     check_same_run,
 )
+from longt5_flax.training.init_from import initial_params
 from longt5_flax.training.metrics import MetricsWriter, plot_loss
 from longt5_flax.training.optimizer import make_optimizer, num_parameters
 from longt5_flax.training.progress import Meter, ProgressReport
@@ -74,14 +71,9 @@ def main(config, workdir):
   rows = partitioning.local_rows(mesh, batch_size)
 
   # --- Data -------------------------------------------------------------------
-  vocabulary = Vocabulary(config.data.vocabulary, config.data.extra_ids)
   model = run_config.make_model(config)
-  run_config.check_vocabulary(vocabulary, model.config)
-  options = pipeline_options(config, model.config.global_block_size)
-  documents = load(config, config.data.path)
-  batches = BatchIterator(documents, vocabulary, options, batch_size, rows,
-                          config.data.workers)
-  held_out = held_out_batches(config, vocabulary, options)
+  vocabulary, batches, held_out, corpus = make_inputs(
+      config, model.config, rows, partitioning.row_shard(mesh, batch_size))
 
   # --- Model, optimizer, state ------------------------------------------------
   schedule = make_schedule(**config.schedule, steps=config.steps)
@@ -96,7 +88,7 @@ def main(config, workdir):
 
   # --- Restore ----------------------------------------------------------------
   values = run_config.resolved(config)
-  checkpoints, state, streams = restore(
+  checkpoints, state, streams, notes = restore(
       config, values, workdir, abstract, new_state, optimizer)
   if streams is not None:
     batches.set_state(streams)
@@ -108,8 +100,10 @@ def main(config, workdir):
   report = ProgressReport(config.steps, first_step, is_main)
   report.say(
       f'{config.model.preset}: {num_parameters(abstract.params):,} parameters, '
-      f'{describe(documents)}, {jax.device_count()} x '
+      f'{corpus}, {jax.device_count()} x '
       f'{jax.devices()[0].device_kind}; {workdir}, from step {first_step}')
+  for note in notes:
+    report.say(f'init_from: {note}')
 
   # --- Loop -------------------------------------------------------------------
   train_step = jax.jit(
@@ -139,7 +133,8 @@ def main(config, workdir):
     pending = None
     for step in range(first_step + 1, config.steps + 1):
       profile(config.profile, step - first_step, workdir)
-      batch = partitioning.global_batch(mesh, rows, next(batches), batch_size)
+      batch = partitioning.global_batch(
+          mesh, rows, meter.take(batches), batch_size)
       state, metrics = train_step(state, batch)
       if pending:
         finish(*pending)
@@ -181,47 +176,9 @@ def main(config, workdir):
   return 0
 
 
-def pipeline_options(config, global_block_size):
-  """What `config` asks of the input pipeline."""
-  values = dict(config.gap_sentences)
-  for name in ('stop_words', 'probabilities'):
-    values[name] = tuple(values[name])
-  values['noise'] = values['noise'] or None
-  try:
-    gap_sentences = GapSentenceOptions(**values)
-  except ValueError as error:
-    raise ConfigError(f'gap_sentences.{error}') from None
-  data = config.data
-  return PipelineOptions(
-      objective=data.objective, inputs_length=data.inputs_length,
-      targets_length=data.targets_length, packing=data.packing,
-      long_documents=data.long_documents, global_block_size=global_block_size,
-      gap_sentences=gap_sentences, seed=config.seed)
-
-
-def load(config, path):
-  """The documents at `path`."""
-  return load_documents(path, config.data.source, field=config.data.field,
-                        on_bad_record=config.data.on_bad_record)
-
-
-def describe(documents):
-  """How many documents, and what was left out."""
-  skipped = f' ({documents.skipped:,} bad records skipped)'
-  return f'{len(documents):,} documents' + skipped * bool(documents.skipped)
-
-
-def held_out_batches(config, vocabulary, options):
-  """The rows of data.validation_path: the same ones on every process."""
-  if not config.data.validation_path:
-    return []
-  return fixed_batches(
-      load(config, config.data.validation_path), vocabulary, options,
-      config.data.batch_size, config.eval.max_batches)
-
-
 def restore(config, values, workdir, abstract, new_state, optimizer):
-  """Where the run begins: its checkpoints, state and stream states (or None).
+  """Where the run begins: its checkpoints, state, stream states (or None), and
+  lines that say what was read.
 
   1. The newest checkpoint of the work folder, if it has one: all of it.
   2. Else `init_from`: its parameters; step and optimizer are new.
@@ -230,20 +187,21 @@ def restore(config, values, workdir, abstract, new_state, optimizer):
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   latest = max(checkpoint_steps(workdir), default=None)
   if latest is None and config.init_from:
-    params = restore_run_params(
-        config.init_from.removeprefix('run:'), abstract.params)
+    params, notes = initial_params(
+        config.init_from, run_config.model_config(config.model),
+        abstract.params)
   # Makes the folder, so only after all that can be refused.
   checkpoints = Checkpoints(
       os.path.join(workdir, 'checkpoints'), config.checkpoint)
   if latest is not None:
     check_same_run(checkpoints.config(latest), values, workdir)
-    return checkpoints, *checkpoints.restore(latest, abstract)
+    return checkpoints, *checkpoints.restore(latest, abstract), ()
   if config.init_from:
     opt_state = jax.jit(
         optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    return checkpoints, TrainState(step, params, opt_state), None
-  return checkpoints, jax.jit(new_state, out_shardings=shardings)(), None
+    return checkpoints, TrainState(step, params, opt_state), None, notes
+  return checkpoints, jax.jit(new_state, out_shardings=shardings)(), None, ()
 
 
 def evaluate(eval_step, params, held_out, mesh, report, writer, step):
@@ -342,7 +300,7 @@ def say_what_next(report, workdir, config):
       f'  tensorboard --logdir={workdir}\n'
       f'  {python} train.py {same} --config.steps={2 * config.steps}\n'
       f'  {python} train.py --config=configs/tglobal_base.py '
-      '--config.data.path=YOUR.jsonl.xz '
+      '--config.data.source=jsonl --config.data.path=YOUR.jsonl.xz '
       '--config.data.vocabulary=YOUR.model')
 
 
@@ -373,17 +331,8 @@ def parse_flags(argv):
       raise flags.Error('--config=FILE is missing')
     _CONFIG.value.lock()  # Raises what went wrong when the file was read.
     return rest
-  except (flags.Error, KeyError, AttributeError, OSError) as error:
-    text = str(error)
-    if isinstance(error, OSError):  # The last line says what could not be read.
-      text = text.rpartition('\n')[2]
-    elif isinstance(error, KeyError | AttributeError):  # From ml_collections.
-      if 'Error whilst parsing config file' in text:
-        raise  # The file is a program, and this its own mistake.
-      while isinstance(error, Exception):
-        error = error.args[0]
-      text = f'no key {error}'.replace('\n', '. ')
-    print('error: ' + ' '.join(text.split()), file=sys.stderr)
+  except MISTAKES as error:
+    print(f'error: {one_line(error)}', file=sys.stderr)
     sys.exit(2)
 
 

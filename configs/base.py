@@ -23,8 +23,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.steps = 1_000_000
   config.log_every_steps = 100
-  # Parameters to start from: 'run:WORKDIR' takes the newest checkpoint of
-  # another run. Step and optimizer start anew. '' starts from the initialiser.
+  # Parameters to start from; step and optimizer start anew. 'hf:DIR' is a
+  # Hugging Face folder, 't5x:DIR' a T5X checkpoint (or its URL), 't5:DIR' a
+  # T5.1.1 of either kind, 'orbax:DIR' and 'safetensors:FILE' what `convert`
+  # writes, 'run:WORKDIR' the newest checkpoint of another run. '' starts from
+  # the initialiser.
   config.init_from = ''
 
   # The architecture: a preset ({local, tglobal, full, mlongt5}-{tiny, small,
@@ -57,19 +60,32 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.decoder_start_token_id = placeholder(int)
 
   config.data = ml_collections.ConfigDict()
-  # jsonl: one JSON object a line; text: one document a file.
+  # jsonl: one JSON object a line; text: one document a file; arrayrecord: a
+  # folder of longt5_flax.prepare; seqio: a task (docs/data.md).
   config.data.source = 'jsonl'
-  # Files or globs, separated by commas; plain, .gz, .xz or .zst.
+  # Files or globs, separated by commas, plain, .gz, .xz or .zst; or the folder.
   config.data.path = ''
   # Held-out documents; '' for no evaluation.
   config.data.validation_path = ''
   config.data.field = 'text'  # Of a JSON object.
   # A broken line: 'raise' names file and line; 'skip' counts them.
   config.data.on_bad_record = 'raise'
-  config.data.vocabulary = ''  # A SentencePiece model.
+  # Of source seqio: a task or mixture; the Python module that registers it, ''
+  # for longt5_flax's own; and its split to evaluate on, '' for no evaluation.
+  config.data.task = ''
+  config.data.module = ''
+  config.data.validation_split = ''
+  # What longt5_flax's own tasks read: a dataset of TensorFlow Datasets with a
+  # field `text`, and the folder of datasets, '' for TFDS's own.
+  config.data.tfds_name = 'c4/en:2.2.0'
+  config.data.tfds_dir = ''
+  # A SentencePiece model. '' with source seqio: the task's.
+  config.data.vocabulary = ''
   # Sentinels <extra_id_n>; those that the file does not hold come after its
   # pieces, as in seqio.
   config.data.extra_ids = 100
+  # gap_sentences, span_corruption, or a mix of them, drawn for each document:
+  # 'gap_sentences:1,span_corruption:1'. With source seqio the task decides.
   config.data.objective = 'gap_sentences'
   # What becomes of a document longer than the inputs. 'cut': as published, all
   # of it is scored and the input cut, so that targets may lie beyond it.
@@ -81,8 +97,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.batch_size = 128
   # Several examples a row, each seeing only itself.
   config.data.packing = True
-  # Processes that prepare rows; 0 prepares them in the training process.
+  # Processes that prepare rows; 0 prepares them in the training process, as
+  # source seqio always does.
   config.data.workers = 4
+
+  # T5's span corruption.
+  config.span_corruption = ml_collections.ConfigDict()
+  config.span_corruption.noise_density = 0.15  # Share of tokens to hide.
+  config.span_corruption.mean_noise_span_length = 3.0  # In tokens.
 
   # PEGASUS' gap sentences as LongT5 configures them.
   config.gap_sentences = ml_collections.ConfigDict()
@@ -113,6 +135,9 @@ def get_config() -> ml_collections.ConfigDict:
   # 'tokens': mean over the target tokens of the whole batch; 'sum': as
   # published. Adafactor does not tell them apart.
   config.loss.normalization = 'tokens'
+  # Float32 logits are computed in chunks of at most so many MiB a device; 0:
+  # all at once.
+  config.loss.chunk_mib = 1024.0
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = 'adafactor'  # adafactor, adamw
@@ -152,6 +177,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.precision.remat = 'none'
   # One stacked layer, compiled once, in place of one program a layer.
   config.precision.scan_layers = True
+  # Of the encoder's windows and global tokens: 'reference' holds all scores;
+  # 'chunked' those of some blocks at a time and recomputes them, so that memory
+  # is linear in the length.
   config.precision.attention = 'reference'
 
   config.checkpoint = ml_collections.ConfigDict()

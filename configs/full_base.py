@@ -2,8 +2,10 @@ r"""Gap-sentence pretraining of full-base: 4096 -> 910 tokens, batch 128.
 
 Reproduces: T5.1.1 base under LongT5's pretraining: the baseline of full
   attention. Memory grows with the square of the input.
-Command: python train.py --config=configs/full_base.py \
-  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Command: python train.py --config=configs/full_base.py
+  and on text of your own: python train.py --config=configs/full_base.py \
+  --config.data.source=jsonl --config.data.path=books.jsonl.xz \
+  --config.data.vocabulary=m.model
 Hardware: not measured.
 Expect: nothing close to the published scores from a corpus smaller than C4 or
   from fewer steps. Not run to its end by us.
@@ -15,5 +17,9 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.model.preset = 'full-base'
+  config.data.source = 'seqio'
+  config.data.task = 'longt5_c4_gap_sentences'
+  config.data.validation_split = 'validation'
+  config.eval.max_batches = 10
   config.precision.remat = 'layer'
   return config

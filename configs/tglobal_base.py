@@ -3,8 +3,10 @@ r"""Gap-sentence pretraining of tglobal-base: 4096 -> 910 tokens, batch 128.
 Reproduces: LongT5 base, transient-global attention: 250M parameters, 1M steps
   of C4. Published ROUGE-1 after fine-tuning at 4096 tokens: arXiv 44.87, PubMed
   47.77, BigPatent 60.95, MultiNews 46.01, MediaSum 35.09, CNN/DailyMail 42.15.
-Command: python train.py --config=configs/tglobal_base.py \
-  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Command: python train.py --config=configs/tglobal_base.py
+  and on text of your own: python train.py --config=configs/tglobal_base.py \
+  --config.data.source=jsonl --config.data.path=books.jsonl.xz \
+  --config.data.vocabulary=m.model
 Hardware: one H200 takes 16 rows in 16.1 GB (docs/results.md);
   the published batch of 128 wants 8 of them, or optimizer.microbatches=8.
 Expect: nothing close to the published scores from a corpus smaller than C4 or
@@ -17,5 +19,9 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.model.preset = 'tglobal-base'
+  config.data.source = 'seqio'
+  config.data.task = 'longt5_c4_gap_sentences'
+  config.data.validation_split = 'validation'
+  config.eval.max_batches = 10
   config.precision.remat = 'layer'
   return config

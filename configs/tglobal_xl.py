@@ -3,8 +3,10 @@ r"""Gap-sentence pretraining of tglobal-xl: 4096 -> 910 tokens, batch 128.
 Reproduces: LongT5 xl, transient-global attention: 3B parameters, 1M steps of
   C4. Published ROUGE-1/2/Lsum after fine-tuning at 16,384 tokens: arXiv
   48.35/21.92/44.27, PubMed 50.23/24.76/46.67.
-Command: python train.py --config=configs/tglobal_xl.py \
-  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Command: python train.py --config=configs/tglobal_xl.py
+  and on text of your own: python train.py --config=configs/tglobal_xl.py \
+  --config.data.source=jsonl --config.data.path=books.jsonl.xz \
+  --config.data.vocabulary=m.model
 Hardware: not measured; a pod slice. Parameters and
   batch are split over mesh.fsdp=8.
 Expect: nothing close to the published scores from a corpus smaller than C4 or
@@ -17,6 +19,10 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.model.preset = 'tglobal-xl'
+  config.data.source = 'seqio'
+  config.data.task = 'longt5_c4_gap_sentences'
+  config.data.validation_split = 'validation'
+  config.eval.max_batches = 10
   config.precision.remat = 'layer'
   config.mesh.fsdp = 8
   return config

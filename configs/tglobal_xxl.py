@@ -2,8 +2,10 @@ r"""Gap-sentence pretraining of tglobal-xxl: 4096 -> 910 tokens, batch 128.
 
 Reproduces: the published configuration of size xxl (11B parameters); no weights
   of it were released.
-Command: python train.py --config=configs/tglobal_xxl.py \
-  --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
+Command: python train.py --config=configs/tglobal_xxl.py
+  and on text of your own: python train.py --config=configs/tglobal_xxl.py \
+  --config.data.source=jsonl --config.data.path=books.jsonl.xz \
+  --config.data.vocabulary=m.model
 Hardware: a pod slice. Parameters and batch are split over mesh.fsdp=16.
 Expect: nothing close to the published scores from a corpus smaller than C4 or
   from fewer steps. Not run to its end by us.
@@ -15,6 +17,10 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.model.preset = 'tglobal-xxl'
+  config.data.source = 'seqio'
+  config.data.task = 'longt5_c4_gap_sentences'
+  config.data.validation_split = 'validation'
+  config.eval.max_batches = 10
   config.precision.remat = 'layer'
   config.mesh.fsdp = 16
   return config

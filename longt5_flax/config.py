@@ -155,11 +155,28 @@ class LongT5Config:
 
     Hugging Face's files hold dozens of keys that are not the architecture's
     (`task_specific_params`, `transformers_version`), so unknown ones are no
-    error here. A null stands for the default.
+    error here. A null stands for the default. What Hugging Face derives from
+    `feed_forward_proj` and stores again (`dense_act_fn`, `is_gated_act`) must
+    agree with it; there it would win.
+
+    Raises:
+      ConfigError: a value that no model can have.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in values.items()
-                  if name in names and value is not None})
+    config = cls(**{name: value for name, value in values.items()
+                    if name in names and value is not None})
+    for name, derived in config.derived().items():
+      value = values.get(name)
+      if value is not None and value != derived:
+        raise ConfigError(
+            f'{name}={value!r} must be {derived!r}, as feed_forward_proj='
+            f'{config.feed_forward_proj!r} says.')
+    return config
+
+  def derived(self) -> dict[str, Any]:
+    """What Hugging Face stores beside `feed_forward_proj`."""
+    return {'dense_act_fn': 'gelu_new' if self.gated else 'relu',
+            'is_gated_act': self.gated}
 
   def to_dict(self) -> dict[str, Any]:
     """All fields, and the keys by which Hugging Face knows a LongT5."""
@@ -171,17 +188,32 @@ class LongT5Config:
     """Reads `directory/config.json`.
 
     Raises:
-      ConfigError: the file is missing, is no JSON object, or holds a value
-        that no model can have.
+      ConfigError: the file is missing, is no JSON object, is another model's,
+        or holds a value that no LongT5 can have.
     """
     path = os.path.join(directory, 'config.json')
-    try:
-      with open(path, encoding='utf-8') as file:
-        values = json.load(file)
-    except OSError as error:
-      raise ConfigError(f'{path}: cannot be read ({error.strerror}).') from None
-    except ValueError as error:
-      raise ConfigError(f'{path}: is not JSON ({error}).') from None
-    if not isinstance(values, dict):
-      raise ConfigError(f'{path}: must hold a JSON object.')
+    values = read_json_object(path)
+    kind = values.get('model_type', 'longt5')
+    if kind != 'longt5':
+      raise ConfigError(
+          f'{path}: model_type={kind!r} is not a LongT5\'s, which is '
+          f"'longt5'.")
     return cls.from_dict(values)
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+  """A JSON file's object.
+
+  Raises:
+    ConfigError: the file is missing, or holds something else.
+  """
+  try:
+    with open(path, encoding='utf-8') as file:
+      values = json.load(file)
+  except OSError as error:
+    raise ConfigError(f'{path}: cannot be read ({error.strerror}).') from None
+  except ValueError as error:
+    raise ConfigError(f'{path}: is not JSON ({error}).') from None
+  if not isinstance(values, dict):
+    raise ConfigError(f'{path}: must hold a JSON object.')
+  return values

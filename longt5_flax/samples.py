@@ -9,7 +9,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longt5_flax.data.vocabulary import Vocabulary
-from longt5_flax.generation.greedy import greedy_search
+from longt5_flax.generation.generate import generate, start_tokens
+from longt5_flax.generation.options import GenerationOptions
+from longt5_flax.model import decoding
 
 # Tokens of the document shown on either side of the first mask.
 _CONTEXT = 48
@@ -30,20 +32,18 @@ class Sample(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _write(model, params, tokens, segment_ids, max_length):
-  variables = {'params': params}
-  encoded = model.apply(variables, tokens, segment_ids, method='encode')
-  _, cache = model.apply(variables, encoded, max_length, method='init_cache',
-                         mutable=['cache'])
-
-  def step(cache, token):
-    return model.apply({**variables, **cache}, token, segment_ids,
-                       method='decode_step', mutable=['cache'])
-
   config = model.config
-  return greedy_search(
-      step, cache, tokens.shape[0], max_length,
-      start_id=config.decoder_start_token_id, eos_id=config.eos_token_id,
-      pad_id=config.pad_token_id)
+  options = GenerationOptions(
+      max_length=max_length + 1, eos_token_ids=(config.eos_token_id,),
+      pad_token_id=config.pad_token_id,
+      decoder_start_token_id=config.decoder_start_token_id)
+  encoded = model.apply(
+      {'params': params}, tokens, segment_ids, method='encode')
+  written = generate(
+      partial(decoding.step, model, params), decoding.reorder,
+      decoding.start(model, params, encoded, segment_ids, max_length),
+      start_tokens(len(tokens), options), options)
+  return written.sequences[:, 1:]
 
 
 def write_samples(

@@ -113,6 +113,26 @@ def test_other_keys_and_nulls_are_left_alone():
   assert config == LongT5Config(d_model=96, dropout_rate=0)
 
 
+@pytest.mark.parametrize('more', [
+    {}, {'dense_act_fn': 'gelu_new', 'is_gated_act': True},
+    {'dense_act_fn': None}])
+def test_old_and_new_files_of_the_released_models(more):
+  """Old ones lack what is derived, and `global_block_size`."""
+  config = LongT5Config.from_dict(
+      {'feed_forward_proj': 'gated-gelu', 'model_type': 'longt5'} | more)
+  assert config.gated
+  assert config.global_block_size == 16
+
+
+@pytest.mark.parametrize('name, value, derived', [
+    ('dense_act_fn', 'silu', 'gelu_new'), ('is_gated_act', False, True)])
+def test_files_that_contradict_themselves(name, value, derived):
+  with pytest.raises(ConfigError) as caught:
+    LongT5Config.from_dict({'feed_forward_proj': 'gated-gelu', name: value})
+  assert str(caught.value) == (f'{name}={value!r} must be {derived!r}, as '
+                               "feed_forward_proj='gated-gelu' says.")
+
+
 @pytest.mark.parametrize('name', golden.names('hf_'))
 def test_reads_config_files_that_transformers_wrote(name):
   text = str(golden.read(name)['config_json'])
@@ -198,6 +218,8 @@ def test_unknown_field():
      '(char 12)).'),
     ('[1]', '{path}: must hold a JSON object.'),
     ('{"d_kv": 0}', 'd_kv=0 must be at least 1.'),
+    ('{"model_type": "t5"}', "{path}: model_type='t5' is not a LongT5's, which "
+     "is 'longt5'."),
 ])
 def test_refused_files(tmp_path, content, message):
   path = tmp_path / 'config.json'

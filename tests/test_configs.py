@@ -15,7 +15,9 @@ from absl import flags
 
 import runs
 import tiny_runs
-from longt5_flax.config import LongT5Config
+from longt5_flax import convert
+from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.sweep_plan import read_plan
 from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.optimizer import make_optimizer, num_parameters
 from longt5_flax.training.schedules import make_schedule
@@ -28,7 +30,7 @@ BATCH = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions',
 # Files whose commands are tried; in Python files their docstring's.
 SHOWN = [path.relative_to(runs.ROOT).as_posix() for pattern in (
     'README.md', 'docs/*.md', 'corpus/*.md', '*.py', 'configs/*.py',
-    'corpus/*.py', 'benchmarks/*.py', 'longt5_flax/*.py')
+    'configs/sweeps/*.py', 'corpus/*.py', 'benchmarks/*.py', 'longt5_flax/*.py')
          for path in sorted(runs.ROOT.glob(pattern))]
 
 
@@ -160,6 +162,10 @@ def problem(words):
   if words[0] == '-m':
     if importlib.util.find_spec(words[1]) is None:
       return f'no module {words[1]}'
+    if words[1] == 'longt5_flax.sweep':
+      return sweep_problem(*words[2:])
+    if words[1] == 'longt5_flax.convert':
+      return convert_problem(*words[2:])
     words = words[2:]
   else:
     if not (runs.ROOT / words[0]).is_file():
@@ -179,6 +185,26 @@ def problem(words):
   unknown = [word for word in rest if not word.startswith('--')
              or word.lstrip('-').split('=')[0] not in flags.FLAGS]
   return f'unknown {unknown}' if unknown else None
+
+
+def convert_problem(*arguments):
+  if not arguments:  # The command's name, in a sentence.
+    return None
+  try:
+    convert.make_parser().parse_args(arguments)
+  except SystemExit:
+    return 'wrong arguments'
+  return None
+
+
+def sweep_problem(path, *arguments):
+  known = ('--workdir=', '--list')
+  try:
+    read_plan(path, [argument for argument in arguments
+                     if not argument.startswith(known)])
+  except ConfigError as error:
+    return str(error)
+  return None
 
 
 @pytest.fixture
@@ -215,6 +241,9 @@ def test_there_are_commands_to_try():
     ('python trian.py', 'no file trian.py'),
     ('python -m longt5_flax.summarise x', 'no module longt5_flax.summarise'),
     ('python train.py', '--config is missing'),
+    ('python -m longt5_flax.convert --from hf:x', 'wrong arguments'),
+    ('python -m longt5_flax.sweep configs/sweeps/attention.py',
+     "no sweep file 'configs/sweeps/attention.py'"),
 ])
 def test_wrong_commands_are_found(command, reason):
   words, = commands(f'Do this: `{command}` and\n  go on.')

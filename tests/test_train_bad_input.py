@@ -146,7 +146,8 @@ def one_of(*names):
     ({'gap_sentences.strategy': 'best'},
      "gap_sentences.strategy='best' " + one_of(*STRATEGIES) + '.'),
     ({'init_from': 'model.ckpt'},
-     "init_from='model.ckpt' must be run:WORKDIR."),
+     "init_from='model.ckpt' must be one of hf:DIR_OR_FILE, t5x:DIR_OR_URL, "
+     't5:DIR_OR_URL, orbax:DIR, run:WORKDIR, safetensors:FILE.'),
     # Out of range.
     ({'gap_sentences.ratio': 0.0},
      'gap_sentences.ratio=0.0 must be in (0, 1].'),
@@ -156,6 +157,7 @@ def one_of(*names):
     ({'loss.label_smoothing': 1.0},
      'loss.label_smoothing=1.0 must be in [0, 1).'),
     ({'loss.z_loss': 'nan'}, 'loss.z_loss=nan must be at least 0.'),
+    ({'loss.chunk_mib': -1.0}, 'loss.chunk_mib=-1.0 must be at least 0.'),
     ({'optimizer.b2': 1.5}, 'optimizer.b2=1.5 must be in [0, 1).'),
     ({'optimizer.clipping_threshold': 0.0},
      'optimizer.clipping_threshold=0.0 must be > 0.'),

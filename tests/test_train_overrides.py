@@ -1,15 +1,22 @@
 """Overrides of every kind, in runs of three steps through train.main: each
 test looks for the effect."""
 
+import functools
+import itertools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import runs
 import tiny_runs
-from longt5_flax.training.train_step import batch_loss
+from longt5_flax.data.vocabulary import Vocabulary
+from longt5_flax.interop.orbax import open_run, save_orbax
+from longt5_flax.training import run_config
+from longt5_flax.training.train_step import batch_loss, named_key
 
 # They change nothing but the rate and share a run with others.
 CONSTANT, RSQRT = (
@@ -228,3 +235,159 @@ def test_init_from_takes_parameters_only(run):
                         base.batches[0]['encoder_input_tokens'])
   # It has learned from these rows already.
   assert other.column('loss')[0] < base.column('loss')[0]
+
+
+def test_init_from_another_kind_is_the_same_start(run, tmp_path_factory):
+  base = run()
+  folder = tmp_path_factory.mktemp('orbax') / 'parameters'
+  tensors = open_run(str(base.workdir))
+  save_orbax(str(folder), tensors, tensors.config)
+  other = run(init_from=f'orbax:{folder}')
+  assert other.column('loss') == run(
+      init_from=f'run:{base.workdir}').column('loss')
+  assert f'init_from: {folder}/params: an Orbax checkpoint.' in other.printed
+
+
+# A document whose best sentence depends on how it is looked for.
+SENTENCES = ('Lemons glow.', 'Dogs sang.',
+             'The cat saw a big dog run to the old old house.', 'The dog.',
+             'The dog and the cat went to the house.')
+MASK, FIRST_SENTINEL = 2, 4089  # With 90 extra ids beyond 4000 pieces.
+OPTIMIZERS = {
+    'adafactor': {},
+    'unscaled': dict(optimizer__multiply_by_parameter_scale=False),
+    'adamw': dict(optimizer__name='adamw', optimizer__weight_decay=0.5,
+                  optimizer__clip_global_norm=1e-3),
+}
+# name: optimizer, overrides of gap_sentences, which sentences are selected
+STRATEGIES = {
+    'dynamic_rouge': ('unscaled', {}, [4]),
+    'lead': ('adamw', dict(strategy='lead'), [0]),
+    'random': ('adafactor', dict(strategy='random'), None),
+    'precision': ('adamw', dict(strategy='rouge', metric='precision'), [3]),
+    'recall': ('unscaled', dict(strategy='rouge', metric='recall'), [2]),
+    'two': ('adafactor', dict(strategy='rouge', ratio=0.4), [2, 4]),
+    'greedy': ('adamw', dict(strategy='greedy_rouge', ratio=0.4), [1, 4]),
+    'continuous': ('unscaled', dict(strategy='continuous_rouge', ratio=0.4),
+                   [2, 3]),
+    'removed': ('adafactor', dict(probabilities=(0.0, 0.0, 0.0, 1.0)), [4]),
+}
+# name: optimizer, overrides
+OBJECTIVES = {
+    'spans': ('adafactor', dict(data__objective='span_corruption')),
+    'dense spans': ('adamw', dict(
+        data__objective='span_corruption', span_corruption__noise_density=0.5,
+        span_corruption__mean_noise_span_length=1.0)),
+    'mix': ('unscaled', dict(
+        data__objective='gap_sentences:1,span_corruption:1',
+        gap_sentences__strategy='lead')),
+}
+# Traced and compiled fastest.
+SMALL = dict(steps=1, data__targets_length=48,
+             model__encoder_attention_type='full')
+
+
+@pytest.fixture(scope='module')
+def combination(run, tmp_path_factory):
+  """One step by an optimizer, on rows of one document each."""
+  path = tmp_path_factory.mktemp('combination') / 'a.jsonl'
+  path.write_text(json.dumps({'text': ' '.join(SENTENCES)}) + '\n')
+
+  def combination(optimizer, **overrides):
+    overrides = dict(gap_sentences__probabilities=(1.0, 0.0, 0.0, 0.0)
+                     ) | overrides
+    other = run(data__path=str(path), data__packing=False, data__extra_ids=90,
+                **SMALL, **OPTIMIZERS[optimizer], **overrides)
+    check_update(other, optimizer)
+    return other
+
+  return combination
+
+
+@functools.cache
+def first_kernel():
+  model = run_config.make_model(tiny_runs.tiny({
+      name.replace('__', '.'): value for name, value in SMALL.items()}))
+  token = jnp.ones((1, 1), jnp.int32)
+  return np.asarray(jax.jit(lambda: model.init(
+      named_key(0, 'params'), token, token)['params']['encoder']['layers'][
+          'mlp']['wi_0']['kernel'])())
+
+
+def check_update(run, optimizer):
+  """One step moved a kernel as its optimizer does."""
+  arrays, _ = runs.checkpoint(run.workdir, 1)
+  name = '/encoder/layers/mlp/wi_0/kernel'
+  rate, before = run.column('learning_rate')[0], first_kernel()
+  step = (arrays['/params' + name] - before) / rate
+  if optimizer == 'adafactor':  # In units of the parameter's size.
+    assert 0.5 < np.std(step) / np.std(before) < 1.05
+  elif optimizer == 'unscaled':
+    assert 0.5 < np.std(step) < 1.05
+  else:  # By the rate, and towards zero by half of itself; clipped to 0.001.
+    assert np.median(np.abs(step + 0.5 * before)) == pytest.approx(1, rel=0.02)
+    norm = np.sqrt(sum(np.sum(np.square(array)) for path, array
+                       in arrays.items() if '/mu/' in path))
+    assert norm == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def ids_of(sentences):
+  vocabulary = Vocabulary(tiny_runs.TINY['data.vocabulary'], 90)
+  return [vocabulary.encode(sentence) for sentence in sentences]
+
+
+def without_padding(rows):
+  return [row[row > 0].tolist() for row in rows]
+
+
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_strategies_and_optimizers(name, combination):
+  """Inputs and targets of every row, token for token."""
+  optimizer, overrides, selected = STRATEGIES[name]
+  batch = combination(optimizer, **{
+      f'gap_sentences__{key}': value for key, value in overrides.items()
+  }).batches[0]
+  ids = ids_of(SENTENCES)
+  seen = set()
+  for inputs, targets in zip(
+      without_padding(batch['encoder_input_tokens']),
+      without_padding(batch['decoder_target_tokens']), strict=True):
+    row, = [selected] if selected else [
+        [i] for i in range(5) if targets == [*ids[i], 1]]
+    seen.update(row)
+    assert targets == [*itertools.chain(*(ids[i] for i in row)), 1]
+    mask = [] if name == 'removed' else [MASK]
+    assert inputs == [*itertools.chain(*(
+        mask if i in row else ids[i] for i in range(5))), 1]
+  assert selected or len(seen) > 1
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_objectives_and_optimizers(name, combination):
+  optimizer, overrides = OBJECTIVES[name]
+  batch = combination(optimizer, **overrides).batches[0]
+  document = [*itertools.chain(*ids_of(SENTENCES)), 1]
+  spans = 0
+  for inputs, targets in zip(
+      without_padding(batch['encoder_input_tokens']),
+      without_padding(batch['decoder_target_tokens']), strict=True):
+    if targets[0] != FIRST_SENTINEL:
+      assert targets == [*ids_of(SENTENCES)[0], 1]
+      continue
+    spans += 1
+    hidden = sum(i < 4000 for i in targets) - 1
+    density = 0.5 if name == 'dense spans' else 0.15
+    assert hidden == round(density * (len(document) - 1))
+    # What is hidden, put back, gives the document.
+    parts = dict(parts_by_sentinel(targets))
+    assert [*itertools.chain(*(parts.get(i, [i]) for i in inputs))] == document
+    if name == 'dense spans':
+      assert {len(part) for part in parts.values()} == {1}
+  assert (0 < spans < 8) if name == 'mix' else spans == 8
+
+
+def parts_by_sentinel(targets):
+  """(sentinel, the tokens after it) of targets, EOS left out."""
+  starts = [i for i, token in enumerate(targets) if token >= 4000]
+  for start, end in zip(starts, [*starts[1:], len(targets) - 1], strict=True):
+    yield targets[start], targets[start + 1:end]

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict, config_flags
 
 import runs
 import train
+from longt5_flax.data.pipeline import BatchIterator
+from longt5_flax.data.seqio_source import TaskBatches
 from longt5_flax.training.metrics import read_metrics
 
 CONFIG = f'--config={runs.ROOT}/configs/quickstart.py'
@@ -103,15 +105,17 @@ def run(workdir: Path, overrides: dict[str, Any], devices: int = 1) -> Run:
     devices: to run on; programs for several take longer to compile.
   """
   batches, shardings, printed = [], [], []
-  next_batch, save = train.BatchIterator.__next__, train.Checkpoints.save
+  save = train.Checkpoints.save
   say, make_mesh = train.ProgressReport.say, train.partitioning.make_mesh
 
   def small_mesh(sizes, all_devices):
     return make_mesh(sizes, all_devices[:devices])
 
-  def recorded_next(self):
-    batches.append(next_batch(self))
-    return batches[-1]
+  def recorded(next_batch):
+    def recorded_next(self):
+      batches.append(next_batch(self))
+      return batches[-1]
+    return recorded_next
 
   def recorded_save(self, step, state, *rest):
     shardings.append(jax.tree.map(lambda leaf: leaf.sharding, state.params))
@@ -122,7 +126,8 @@ def run(workdir: Path, overrides: dict[str, Any], devices: int = 1) -> Run:
     say(self, text)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.BatchIterator, '__next__', recorded_next)
+    for kind in (BatchIterator, TaskBatches):
+      patch.setattr(kind, '__next__', recorded(kind.__next__))
     patch.setattr(train.Checkpoints, 'save', recorded_save)
     patch.setattr(train.ProgressReport, 'say', recorded_say)
     patch.setattr(train.partitioning, 'make_mesh', small_mesh)

@@ -11,16 +11,22 @@ sentence, EOS is lost when a sequence is cut. Work is linear in the document's
 length, sorts and greedy_rouge apart.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from longt5_flax.data.documents import (
+    Document,
+    TokenizedDocument,
+    Words,
+    count_words,
+    ends_of,
+)
+from longt5_flax.data.noise import NOISES, add_noise
 
 Ids = Sequence[int] | np.ndarray  # of tokens
 STRATEGIES = ('random', 'lead', 'rouge', 'dynamic_rouge', 'greedy_rouge',
@@ -29,19 +35,12 @@ METRICS = ('F', 'precision', 'recall')
 OPTIONS = ('standard', 'deduplicate', 'log')
 # What hybrid draws from, and the id it then puts first in the input.
 HYBRID_TASK_IDS = {'random': 5, 'lead': 6, 'rouge': 7}
-# C++ library: its random engine's multiplier, its order of a pair of normals.
-_NOISE_ENGINES = {'libcxx': (48271, 1), 'libstdcxx': (16807, -1)}
-NOISES = (None, *_NOISE_ENGINES)
 
-# One mark before whitespace ends the same sentences as a run of marks would,
-# and stays linear: `[.!?]+\s+` is quadratic on a long run of '!'.
-_BOUNDARY = re.compile(r'[.!?][ \t\n\v\f\r]+')
-# ASCII letters to lower case, digits as they are, any other byte to a space.
-_FOLD = bytes(byte if chr(byte).isalnum() and byte < 128 else 32
-              for byte in bytes(range(256)).lower())
 # Logarithms add up in fixed point: the sum is then the same in every order, so
 # that equal overlaps tie. One unit is far below float32's rounding.
 _LOG_SCALE = 2.0**40
+# What may stand in a sentence's place, besides another sentence.
+_MASK, _NOTHING = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +89,6 @@ class GapSentenceOptions:
         raise ValueError(f'{name}={getattr(self, name)!r} must {rule}.')
 
 
-def split_sentences(text: str) -> list[str]:
-  """Splits after every run of `.!?` and the ASCII whitespace that follows it.
-
-  Nothing is trimmed: the sentences joined are the text, except that a literal
-  "[SEP]" separates sentences too and is dropped, as upstream.
-  """
-  marked = _BOUNDARY.sub(r'\g<0>[SEP]', text)
-  return [sentence for sentence in marked.split('[SEP]') if sentence]
-
-
 def masked_count(num_sentences: int, ratio: float | np.floating) -> int:
   """How many to select: floor(N * ratio) in float32, at least 1, at most N."""
   wanted = np.float32(num_sentences) * np.float32(ratio)
@@ -127,29 +116,23 @@ class Grams(NamedTuple):
 
 
 def count_grams(
-    sentences: Sequence[str], options: GapSentenceOptions,
+    sentences: Sequence[str] | Words, options: GapSentenceOptions,
     eligible: int | None = None) -> Grams:
-  """Counts n-grams of the tokens [a-z0-9]+, after folding ASCII letters."""
-  # A character outside ASCII becomes '?': a separator, as its bytes would be.
-  words = [sentence.encode('ascii', 'replace').translate(_FOLD).split()
-           for sentence in sentences]
-  if options.stop_words:
-    stopped = {word.encode('ascii', 'replace') for word in options.stop_words}
-    words = [[word for word in row if word not in stopped] for row in words]
-  sentence = np.repeat(np.arange(len(words)), [len(row) for row in words])
-  ids: dict[bytes, int] = collections.defaultdict(itertools.count().__next__)
-  flat = itertools.chain.from_iterable(words)
-  word = np.fromiter(map(ids.__getitem__, flat), np.int64, len(sentence))
-  gram = word
+  """Counts the n-grams of sentences, or of words that were counted before."""
+  words = sentences if isinstance(sentences, Words) else count_words(
+      sentences, options.stop_words)
+  gram, size = words.ids, words.size
   for n in range(1, options.ngram):
     # Numbered anew at every n: ids of long n-grams would overflow.
-    gram = np.unique(gram[:-1] * len(ids) + word[n:], return_inverse=True)[1]
+    gram = np.unique(gram[:-1] * size + words.ids[n:], return_inverse=True)[1]
   text = np.bincount(gram)
-  size = len(sentences[:eligible])
+  eligible = len(range(len(words))[:eligible])
+  sentence = np.repeat(np.arange(len(words)), np.diff(words.ends))
   first, last = sentence[:len(gram)], sentence[options.ngram - 1:]
-  pairs = (first * len(text) + gram)[(first == last) & (last < size)]
-  pairs, times = np.unique(pairs, return_counts=True)
-  return Grams(size, text, *np.divmod(pairs, max(1, len(text))), times)
+  inside = (first == last) & (last < eligible)
+  pairs, times = np.unique(
+      first[inside] * len(text) + gram[inside], return_counts=True)
+  return Grams(eligible, text, *np.divmod(pairs, max(1, len(text))), times)
 
 
 def rouge_terms(
@@ -202,46 +185,11 @@ def _scores_of_moves(
 
 
 def sentence_scores(
-    sentences: Sequence[str], options: GapSentenceOptions,
+    sentences: Sequence[str] | Words, options: GapSentenceOptions,
     eligible: int | None = None) -> np.ndarray:
   """[N] float32: eligible sentences against all other text, without noise."""
   grams = count_grams(sentences, options, eligible)
   return _scores_of_moves(grams, grams.text, 0 * grams.text, options)
-
-
-@functools.cache
-def noise_table(library: str, size: int, noise_ratio: float) -> np.ndarray:
-  """[size] float64: the noise of the first sentences of every document.
-
-  std::normal_distribution over a default engine. Upstream starts it anew for
-  each document, so noise depends on a sentence's position and the library.
-  """
-  multiplier, order = _NOISE_ENGINES[library]
-  modulus, span, state = 2**31 - 1, 2.0**31 - 2, 1
-  normals: list[float] = []
-  while len(normals) < size:
-    pair = []
-    for _ in range(2):
-      low = state * multiplier % modulus
-      state = low * multiplier % modulus
-      pair.append(2 * ((low - 1 + (state - 1) * span) / (span * span)) - 1)
-    square = pair[0] * pair[0] + pair[1] * pair[1]
-    if 0 < square <= 1:
-      scale = math.sqrt(-2 * math.log(square) / square)
-      normals += [x * scale for x in pair[::order]]
-  table = np.array(normals[:size]) * float(np.float32(noise_ratio))
-  table.setflags(write=False)  # every caller gets the same one
-  return table
-
-
-def add_noise(scores: np.ndarray, options: GapSentenceOptions) -> np.ndarray:
-  """[N] float32: scores [N] times 1 + noise_ratio * noise, if there is any."""
-  if options.noise is None:
-    return scores
-  size = max(1024, 1 << len(scores).bit_length())  # few tables serve all
-  noise = noise_table(options.noise, size, options.noise_ratio)[:len(scores)]
-  noisy = scores * (1 + float(np.float32(options.noise_ratio)) * noise)
-  return noisy.astype(np.float32)
 
 
 def top_sentences(scores: np.ndarray, count: int) -> list[int]:
@@ -312,7 +260,16 @@ def select_sentences(
     ValueError: a bad option, too large a `count`, or no rng.
   """
   options = GapSentenceOptions(strategy, **{'noise': None, **scoring})
-  limit = len(sentences[:eligible])
+  words = count_words(sentences, options.stop_words)
+  document = TokenizedDocument(words.ids, words.ends, words)
+  return _select(document, range(len(words)), count, options, rng, eligible)
+
+
+def _select(
+    document: Document, part: range, count: int, options: GapSentenceOptions,
+    rng: np.random.Generator | None, eligible: int | None) -> list[int]:
+  """`select_sentences` of the sentences `part`, counted from its first."""
+  limit, strategy = len(part[:eligible]), options.strategy
   if not 0 <= count <= limit:
     raise ValueError(f'{count=} must be in [0, {limit}].')
   if strategy in ('random', 'hybrid'):
@@ -322,41 +279,96 @@ def select_sentences(
       strategy = draw_hybrid_strategy(rng)
     if strategy == 'random':
       return np.sort(rng.permutation(limit)[:count]).tolist()
-  if strategy == 'none':
-    return []
-  if strategy == 'lead':
-    return list(range(count))
+  if strategy in ('lead', 'none'):
+    return list(range(count if strategy == 'lead' else 0))
+  words = document.words.part(part.start, part.stop)
   if strategy in ('greedy_rouge', 'continuous_rouge'):
-    grams = count_grams(sentences, options, limit)
     search = _greedy if strategy == 'greedy_rouge' else _continuous
-    return search(grams, count, options)
-  scores = sentence_scores(sentences, options, limit)
+    return search(count_grams(words, options, limit), count, options)
+  scores = document.scores
+  if scores is None or limit < len(document):
+    scores = sentence_scores(words, options, limit)
   if strategy == 'dynamic_rouge':
-    scores = add_noise(scores, options)
+    scores = add_noise(scores, options.noise, options.noise_ratio)
   return top_sentences(scores, count)
 
 
-def _replace(
-    ids: Sequence[Ids], picks: list[int], options: GapSentenceOptions,
-    rng: np.random.Generator) -> list[Ids]:
-  """The document with its picked sentences masked, swapped, kept or gone."""
-  now = list(ids)
+def _draw_instead(
+    picks: Sequence[int], size: int, options: GapSentenceOptions,
+    rng: np.random.Generator) -> dict[int, int]:
+  """What stands for picked sentences: the index of one, _MASK or _NOTHING."""
+  now: dict[int, int] = {}
   mask, swap, keep, _ = np.cumsum(options.probabilities, dtype=np.float32)
   for pick in picks:
     # Rounded to float32 first, as upstream; should 1.0 come out, it removes.
     draw = np.float32(rng.random())
     if draw < mask:
-      now[pick] = [options.mask_id]
+      now[pick] = _MASK
     elif draw < swap:
-      now[pick] = now[rng.integers(len(now))]
+      other = int(rng.integers(size))
+      now[pick] = now.get(other, other)
     elif draw >= keep:
-      now[pick] = []
+      now[pick] = _NOTHING
   return now
 
 
-def _cut(pieces: list[Ids], length: int) -> np.ndarray:
-  ids = itertools.chain.from_iterable(pieces)
-  return np.fromiter(itertools.islice(ids, length), np.int32)
+def _masked(
+    document: Document, part: range, now: dict[int, int], mask_id: int,
+    most: int) -> Iterator[np.ndarray]:
+  """The document with what stands `now` for its sentences, run by run."""
+  place, mask = part.start, np.array([mask_id], np.int32)
+  for pick, other in now.items():
+    yield document.tokens(place, part[pick], most)
+    place = part[pick] + 1
+    if other == _MASK:
+      yield mask
+    elif other != _NOTHING:
+      yield document.tokens(part[other], part[other] + 1, most)
+  yield document.tokens(place, part.stop, most)
+
+
+def _cut(pieces: Iterable[np.ndarray], length: int) -> np.ndarray:
+  kept, size = [], 0
+  for piece in pieces:
+    kept.append(piece)
+    size += len(piece)
+    if size >= length:
+      break
+  return np.concatenate(kept)[:length].astype(np.int32)
+
+
+def mask_gap_sentences(
+    document: Document, part: range, options: GapSentenceOptions,
+    rng: np.random.Generator, lengths: tuple[int, int], eos_id: int = 1,
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """`gap_sentence_example` of the sentences `part` of a document.
+
+  Args:
+    document: its `words` without the options' stop words, and its `scores`, if
+      it has any, by the options.
+    part: consecutive sentences, which are scored as if they were all.
+    options, rng, eos_id: see `gap_sentence_example`.
+    lengths: the most ids that remain of inputs and of targets.
+  """
+  ratio, eligible = options.ratio, len(part)
+  task = np.zeros(0, np.int32)
+  if options.strategy == 'hybrid':
+    options = dataclasses.replace(options, strategy=draw_hybrid_strategy(rng))
+    task = np.array([HYBRID_TASK_IDS[options.strategy]], np.int32)
+  elif options.strategy == 'dynamic_rouge':
+    low = float(np.float32(options.min_ratio))
+    ratio = float(np.float32(ratio)) * rng.uniform(low, 1.0)
+  elif options.strategy == 'greedy_rouge':
+    eligible = min(eligible, greedy_sentence_limit(ratio, *lengths))
+  picks = _select(
+      document, part, masked_count(eligible, ratio), options, rng, eligible)
+  now = _draw_instead(picks, len(part), options, rng)
+  eos = np.array([eos_id], np.int32)
+  targets = [document.tokens(part[pick], part[pick] + 1) for pick in picks]
+  inputs = _masked(document, part, now, options.mask_id, lengths[0])
+  lost = max(0, sum(map(len, targets)) + 1 - lengths[1])
+  return (_cut(itertools.chain([task], inputs, [eos]), lengths[0]),
+          _cut([*targets, eos], lengths[1]), lost)
 
 
 def gap_sentence_example(
@@ -367,7 +379,7 @@ def gap_sentence_example(
   """Makes one training example of a document.
 
   Args:
-    sentences: the document in order, as `split_sentences` gives it.
+    sentences: the document in order, as `documents.split_sentences` gives it.
     sentence_ids: one each (or ValueError): token ids, tokenised on its own.
     options: the objective.
     rng: decides everything random; same state, same example.
@@ -380,21 +392,9 @@ def gap_sentence_example(
   """
   if len(sentences) != len(sentence_ids):
     raise ValueError(f'{len(sentence_ids)=} must equal {len(sentences)=}.')
-  strategy, ratio, eligible = options.strategy, options.ratio, len(sentences)
-  task: list[Ids] = []
-  if strategy == 'hybrid':
-    strategy = draw_hybrid_strategy(rng)
-    task = [[HYBRID_TASK_IDS[strategy]]]
-  elif strategy == 'dynamic_rouge':
-    low = float(np.float32(options.min_ratio))
-    ratio = float(np.float32(ratio)) * rng.uniform(low, 1.0)
-  elif strategy == 'greedy_rouge':
-    limit = greedy_sentence_limit(ratio, inputs_length, targets_length)
-    eligible = min(eligible, limit)
-  picks = select_sentences(
-      sentences, masked_count(eligible, ratio), rng=rng, eligible=eligible,
-      **{**vars(options), 'strategy': strategy})
-  targets = [sentence_ids[pick] for pick in picks] + [[eos_id]]
-  inputs = task + _replace(sentence_ids, picks, options, rng) + [[eos_id]]
-  lost = max(0, sum(map(len, targets)) - targets_length)
-  return _cut(inputs, inputs_length), _cut(targets, targets_length), lost
+  document = TokenizedDocument(
+      np.fromiter(itertools.chain.from_iterable(sentence_ids), np.int32),
+      ends_of(sentence_ids), count_words(sentences, options.stop_words))
+  return mask_gap_sentences(
+      document, range(len(sentences)), options, rng,
+      (inputs_length, targets_length), eos_id)

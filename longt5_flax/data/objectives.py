@@ -1,16 +1,30 @@
-"""From a document's text to examples: what a model reads and what it writes."""
+"""From a document to examples: what a model reads and what it writes."""
 
-import dataclasses
+import abc
+import bisect
+import itertools
+import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from longt5_flax.data.gap_sentences import (
-    gap_sentence_example,
+from longt5_flax.data.documents import (
+    Document,
+    Item,
+    TextDocument,
+    TokenizedDocument,
+    cut_long_sentences,
     split_sentences,
 )
-from longt5_flax.data.options import PipelineOptions
+from longt5_flax.data.gap_sentences import mask_gap_sentences
+from longt5_flax.data.options import PipelineOptions, objective_weights
 from longt5_flax.data.sources import DataError
+from longt5_flax.data.span_corruption import (
+    noise_counts,
+    span_corruption_example,
+    span_lengths,
+)
 from longt5_flax.data.vocabulary import Vocabulary
 
 
@@ -22,22 +36,55 @@ class Example(NamedTuple):
   lost: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Sentences:
-  """A tokenised document.
+class Objective(abc.ABC):
+  """Makes examples of documents.
 
-  Attributes:
-    texts: its sentences.
-    ids: their token ids.
-    ends: [len(texts) + 1] int64, tokens before each, and of all.
+  Args:
+    vocabulary: to tokenise.
+    options: of the pipeline.
+
+  Raises:
+    DataError: the vocabulary lacks an id that stands for what is hidden.
   """
-  texts: list[str]
-  ids: list[list[int]]
-  ends: np.ndarray
+
+  def __init__(self, vocabulary: Vocabulary, options: PipelineOptions):
+    self._vocabulary = vocabulary
+    self._options = options
+    self._lengths = options.inputs_length, options.targets_length
+
+  def read(self, item: Item) -> Document:
+    """A document of a text; of one that is prepared, itself.
+
+    With long_documents='pieces' a sentence of more than inputs_length - 1
+    tokens (text without ". ", such as Chinese) is cut into parts that fit both
+    sides, each from there on a sentence.
+    """
+    document = item if isinstance(item, TokenizedDocument) else TextDocument(
+        split_sentences(item), self._vocabulary.encode,
+        self._options.gap_sentences.stop_words)
+    if self._options.long_documents == 'cut':
+      return document
+    longest = self._options.inputs_length - 1
+    size = max(1, min(longest, self._options.targets_length - 1))
+    return cut_long_sentences(document, longest, size)
+
+  @abc.abstractmethod
+  def example(
+      self, document: Document, start: int, seeds: Sequence[int],
+      room: tuple[int, int]) -> tuple[Example, int | None]:
+    """An example, and where in the document the next one starts, if any.
+
+    Args:
+      document: from `read`.
+      start: 0, or where the example before said.
+      seeds: of all draws of this document.
+      room: input and target tokens left in the row, for a piece of a document
+        that must be cut anyway.
+    """
 
 
-class GapSentences:
-  """Gap sentences of documents.
+class GapSentences(Objective):
+  """Gap sentences of documents; `start` counts sentences.
 
   With long_documents='pieces' a document that a row cannot hold is cut between
   sentences, and an example is made of each piece by itself. A piece is as long
@@ -47,81 +94,40 @@ class GapSentences:
   novels at 4096 -> 910: the sentences that score best are long ones.) A piece
   may be made to fill the room that is left in a row. What fits a row is never
   cut. Targets are still lost where a single sentence exceeds targets_length.
-
-  A sentence of more than inputs_length - 1 tokens (text without ". ", such as
-  Chinese) is cut into parts that fit both sides, each from there on a sentence.
-
-  Args:
-    vocabulary: to tokenise.
-    options: of the pipeline.
-
-  Raises:
-    DataError: the vocabulary lacks the mask.
   """
 
   def __init__(self, vocabulary: Vocabulary, options: PipelineOptions):
-    self._vocabulary = vocabulary
-    self._options = options
+    super().__init__(vocabulary, options)
     mask = options.gap_sentences.mask_id
     if mask >= vocabulary.size:
       raise DataError(f'gap_sentences.mask_id={mask} must be less than the '
                       f'{vocabulary.size} ids of the vocabulary')
 
-  def read(self, text: str) -> Sentences:
-    """Splits and tokenises a document."""
-    texts = split_sentences(text)
-    ids = self._vocabulary.encode_batch(texts)
-    if self._options.long_documents == 'pieces':
-      texts, ids = self._cut_long(texts, ids)
-    return Sentences(texts, ids, np.cumsum([0, *map(len, ids)]))
-
-  def _cut_long(
-      self, texts: list[str], ids: list[list[int]]
-  ) -> tuple[list[str], list[list[int]]]:
-    longest = self._options.inputs_length - 1
-    if max(map(len, ids), default=0) <= longest:
-      return texts, ids
-    size = max(1, min(longest, self._options.targets_length - 1))
-    parts: list[tuple[str, list[int]]] = []
-    for text, row in zip(texts, ids, strict=True):
-      if len(row) <= longest:
-        parts.append((text, row))
-        continue
-      for i in range(0, len(row), size):
-        part = row[i:i + size]
-        parts.append((self._vocabulary.decode(part), part))
-    return [text for text, _ in parts], [part for _, part in parts]
-
-  def example(self, document: Sentences, start: int, seeds: tuple[int, ...],
-              room: tuple[int, int]) -> tuple[Example, int]:
-    """The example that begins with a sentence, and where the next one does.
-
-    Args:
-      document: from `read`.
-      start: index of the first sentence.
-      seeds: of all draws.
-      room: input and target tokens to fill if the document must be cut anyway.
-    """
-    count, ends = len(document.ids), document.ends
+  def example(
+      self, document: Document, start: int, seeds: Sequence[int],
+      room: tuple[int, int]) -> tuple[Example, int | None]:
+    """See `Objective`."""
+    seeds = (*seeds, start)
+    count = len(document)
     if self._options.long_documents == 'cut':
-      return self._make(document, slice(start, count), seeds), count
-    whole = self._options.inputs_length, self._options.targets_length
+      return self._make(document, range(count), seeds), None
+    ends, whole = document.ends, self._lengths
     if ends[count] - ends[start] < whole[0]:
-      return self._fit(document, start, seeds, whole)
+      room = whole
     example, end = self._fit(document, start, seeds, room)
     # One sentence alone, masked, leaves nothing to tell it from.
     if end == start + 1 and room != whole:
-      return self._fit(document, start, seeds, whole)
-    return example, end
+      example, end = self._fit(document, start, seeds, whole)
+    return example, end if end < count else None
 
-  def _fit(self, document: Sentences, start: int, seeds: tuple[int, ...],
+  def _fit(self, document: Document, start: int, seeds: Sequence[int],
            room: tuple[int, int]) -> tuple[Example, int]:
     """The longest piece found that fits a room, but at least one sentence."""
     ends, size = document.ends, self._options.inputs_length - 1
     while True:
       end = int(np.searchsorted(ends, ends[start] + size, side='right')) - 1
-      end = min(len(document.ids), max(end, start + 1))
-      example = self._make(document, slice(start, end), seeds)
+      end = min(len(document), max(end, start + 1))
+      example = self._make(document, range(start, end), seeds)
       excess = max(len(example.inputs) / room[0],
                    (len(example.targets) + example.lost) / room[1])
       if excess <= 1 or end <= start + 1:
@@ -129,9 +135,84 @@ class GapSentences:
       used = int(ends[end] - ends[start])
       size = min(int(used / excess), used - 1)
 
-  def _make(self, document: Sentences, part: slice, seeds: tuple[int, ...]
+  def _make(self, document: Document, part: range, seeds: Sequence[int]
             ) -> Example:
-    return Example(*gap_sentence_example(
-        document.texts[part], document.ids[part], self._options.gap_sentences,
-        np.random.default_rng(seeds), self._options.inputs_length,
-        self._options.targets_length, self._vocabulary.eos_id))
+    return Example(*mask_gap_sentences(
+        document, part, self._options.gap_sentences,
+        np.random.default_rng(seeds), self._lengths, self._vocabulary.eos_id))
+
+
+class SpanCorruption(Objective):
+  """Span corruption of documents; `start` counts tokens.
+
+  A document is cut every so many tokens that the inputs fill a row exactly, but
+  for those of the last piece. With long_documents='cut' only its first piece
+  is used; with 'pieces' all are, and they are shorter where no row would hold
+  their targets.
+  """
+
+  def __init__(self, vocabulary: Vocabulary, options: PipelineOptions):
+    super().__init__(vocabulary, options)
+    spans = options.span_corruption
+    self._size, targets = span_lengths(options.inputs_length, spans)
+    if options.long_documents == 'pieces' and targets > options.targets_length:
+      # The most tokens whose targets fit: targets grow with the text.
+      self._size = 1 + bisect.bisect_right(
+          range(2, self._size), options.targets_length,
+          key=lambda n: sum(noise_counts(n, spans)) + 1)
+    self._sentinels = vocabulary.sentinel_ids(
+        noise_counts(max(2, self._size), spans)[1])
+
+  def example(
+      self, document: Document, start: int, seeds: Sequence[int],
+      room: tuple[int, int]) -> tuple[Example, int | None]:
+    """See `Objective`."""
+    del room  # Rows are filled as they are.
+    if self._options.long_documents == 'cut':
+      end: int | None = None
+      ids = document.tokens(0, len(document), self._size)
+    else:
+      end = start + self._size
+      ids = document.ids[start:end]
+      end = end if end < len(document.ids) else None
+    inputs, targets = span_corruption_example(
+        ids, self._options.span_corruption,
+        np.random.default_rng((*seeds, start)), self._sentinels,
+        self._vocabulary.eos_id)
+    cut = targets[:self._options.targets_length]
+    return Example(inputs, cut, len(targets) - len(cut)), end
+
+
+class Mixture(Objective):
+  """One of several objectives for each document, drawn by their weights."""
+
+  def __init__(self, vocabulary: Vocabulary, options: PipelineOptions):
+    super().__init__(vocabulary, options)
+    weights = objective_weights(options.objective)
+    self._objectives = [
+        _OBJECTIVES[name](vocabulary, options) for name in weights]
+    self._upto = list(itertools.accumulate(weights.values()))
+
+  def example(
+      self, document: Document, start: int, seeds: Sequence[int],
+      room: tuple[int, int]) -> tuple[Example, int | None]:
+    """See `Objective`."""
+    draw = np.random.default_rng((*seeds, 0, zlib.crc32(b'objective'))).random()
+    chosen = bisect.bisect_right(self._upto[:-1], draw * self._upto[-1])
+    return self._objectives[chosen].example(document, start, seeds, room)
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {
+    'gap_sentences': GapSentences, 'span_corruption': SpanCorruption}
+
+
+def make_objective(vocabulary: Vocabulary, options: PipelineOptions
+                   ) -> Objective:
+  """What `options.objective` asks for.
+
+  Raises:
+    DataError: see `Objective`.
+  """
+  weights = objective_weights(options.objective)
+  kind = Mixture if len(weights) > 1 else _OBJECTIVES[next(iter(weights))]
+  return kind(vocabulary, options)

@@ -1,11 +1,13 @@
 """What batches are made of."""
 
 import dataclasses
+import math
 
 from longt5_flax.data.gap_sentences import GapSentenceOptions
 from longt5_flax.data.sources import DataError
+from longt5_flax.data.span_corruption import SpanCorruptionOptions
 
-OBJECTIVES = ('gap_sentences',)
+OBJECTIVES = ('gap_sentences', 'span_corruption')
 LONG_DOCUMENTS = ('cut', 'pieces')
 
 
@@ -15,11 +17,11 @@ class PipelineOptions:
 
   Attributes:
     inputs_length, targets_length: of a row, in tokens.
-    objective: one of OBJECTIVES.
-    gap_sentences: of that objective.
+    objective: one of OBJECTIVES, or a weighted mix; see `objective_weights`.
+    gap_sentences, span_corruption: of those objectives.
     long_documents: 'cut': a document is one example, scored whole, its inputs
-      and targets cut. 'pieces': it becomes consecutive pieces, see
-      `objectives.GapSentences`.
+      and targets cut. 'pieces': it becomes consecutive pieces. See
+      `objectives.GapSentences` and `objectives.SpanCorruption`.
     packing: several examples a row.
     global_block_size: packed examples start at multiples of it in the inputs.
     seed: of order and draws.
@@ -32,20 +34,53 @@ class PipelineOptions:
   targets_length: int
   objective: str = 'gap_sentences'
   gap_sentences: GapSentenceOptions = GapSentenceOptions()  # noqa: RUF009
+  span_corruption: SpanCorruptionOptions = (
+      SpanCorruptionOptions())  # noqa: RUF009
   long_documents: str = 'cut'
   packing: bool = True
   global_block_size: int = 16
   seed: int = 0
 
   def __post_init__(self) -> None:
-    for name, known in (('objective', OBJECTIVES),
-                        ('long_documents', LONG_DOCUMENTS)):
-      if getattr(self, name) not in known:
-        raise DataError(
-            f'{name}={getattr(self, name)!r} must be one of {known}')
-    # Of one input token nothing is left beside the end of sequence.
-    for name, least in (('inputs_length', 2), ('targets_length', 1),
+    objectives = objective_weights(self.objective)
+    if self.long_documents not in LONG_DOCUMENTS:
+      raise DataError(f'long_documents={self.long_documents!r} must be one of '
+                      f'{LONG_DOCUMENTS}')
+    # Beside the end of sequence: some text, and the sentinel of a span.
+    shortest = 3 if 'span_corruption' in objectives else 2
+    for name, least in (('inputs_length', shortest), ('targets_length', 1),
                         ('global_block_size', 1), ('seed', 0)):
       if getattr(self, name) < least:
         raise DataError(f'{name}={getattr(self, name)} must be at least '
                         f'{least}')
+
+
+def objective_weights(objective: str) -> dict[str, float]:
+  """The objectives that a setting names, each with its weight.
+
+  Args:
+    objective: one of OBJECTIVES, or several, each with a weight and separated
+      by commas: 'gap_sentences:1,span_corruption:1'. Each document gets one of
+      them, so often as weights say.
+
+  Raises:
+    DataError: an unknown or repeated name, or no weight above 0.
+  """
+  weights: dict[str, float] = {}
+  parts = objective.split(',')
+  for part in parts:
+    name, colon, text = (word.strip() for word in part.partition(':'))
+    if name not in OBJECTIVES:
+      what = f'{objective=}' + (f': {name!r}' if name != objective else '')
+      raise DataError(f"{what} must be one of {OBJECTIVES}, or a mix such as "
+                      "'gap_sentences:1,span_corruption:1'")
+    if name in weights:
+      raise DataError(f'{objective=} names {name} twice')
+    try:
+      weights[name] = float(text) if colon or len(parts) > 1 else 1.0
+    except ValueError:
+      weights[name] = math.nan
+    if not 0 < weights[name] < math.inf:
+      raise DataError(f'{objective=}: the weight {text!r} of {name} must be a '
+                      'number above 0')
+  return weights

@@ -3,11 +3,12 @@
 import functools
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from longt5_flax.data.documents import Item
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.row_streams import Row, RowStream
 from longt5_flax.data.sources import DataError
@@ -17,6 +18,42 @@ from longt5_flax.data.workers import InProcess, Job, RowError, Workers
 __all__ = ['BatchIterator', 'PipelineOptions', 'RowError', 'fixed_batches']
 
 Batch = dict[str, np.ndarray]
+
+
+class Delivered:
+  """Makes batches of rows, and counts what is in them.
+
+  Args:
+    options: of the pipeline.
+  """
+
+  def __init__(self, options: PipelineOptions):
+    self._lengths = {'input': options.inputs_length,
+                     'target': options.targets_length}
+    self._rows = 0
+    self._counts = dict.fromkeys(
+        ('examples', 'input_tokens', 'target_tokens', 'lost_target_tokens'), 0)
+
+  def batch(self, rows: Sequence[Row]) -> Batch:
+    """name -> [len(rows), length] int32."""
+    batch = _stack([row.features for row in rows])
+    self._rows += len(rows)
+    self._counts['examples'] += sum(row.examples for row in rows)
+    self._counts['lost_target_tokens'] += sum(row.lost for row in rows)
+    for name, side in (('input', 'encoder'), ('target', 'decoder')):
+      real = np.count_nonzero(batch[f'{side}_segment_ids'])
+      self._counts[f'{name}_tokens'] += int(real)
+    return batch
+
+  def stats(self) -> dict[str, int | float]:
+    """`rows`, `examples`, real `input_tokens` and `target_tokens`,
+    `lost_target_tokens` that were cut off, and `input_padding` and
+    `target_padding`: shares of the rows.
+    """
+    return {'rows': self._rows, **self._counts} | {
+        f'{name}_padding': 1 - self._counts[f'{name}_tokens'] / (
+            self._rows * length) if self._rows else 0.0
+        for name, length in self._lengths.items()}
 
 
 class BatchIterator:
@@ -41,7 +78,7 @@ class BatchIterator:
   """
 
   def __init__(
-      self, documents: Sequence[str], vocabulary: Vocabulary,
+      self, documents: Sequence[Item], vocabulary: Vocabulary,
       options: PipelineOptions, batch_size: int, rows: Sequence[int],
       workers: int = 0):
     _check(documents, batch_size)
@@ -62,9 +99,7 @@ class BatchIterator:
     self._states = {row: self._make_stream(row).get_state() for row in wanted}
     self._source: InProcess | Workers | None = None
     self._end: Any = None
-    self._rows_delivered = 0
-    self._counts = dict.fromkeys(
-        ('examples', 'input_tokens', 'target_tokens', 'lost_target_tokens'), 0)
+    self._delivered = Delivered(options)
 
   def __iter__(self) -> 'BatchIterator':
     return self
@@ -85,9 +120,7 @@ class BatchIterator:
       raise
     self._states = {row: made[row].state for row in self._states}
     delivered = [made[row].row for row in self._states]
-    batch = _stack([row.features for row in delivered])
-    self._count(delivered, batch)
-    return batch
+    return self._delivered.batch(delivered)
 
   def _start(self) -> None:
     job = Job(self._make_stream, dict(self._states), self._filenos)
@@ -95,14 +128,6 @@ class BatchIterator:
         Workers(job, self._workers) if self._workers else InProcess(job))
     # Also when nobody closes it, and before the interpreter ends.
     self._end = weakref.finalize(self, self._source.close)
-
-  def _count(self, delivered: Sequence[Row], batch: Batch) -> None:
-    self._rows_delivered += len(delivered)
-    self._counts['examples'] += sum(row.examples for row in delivered)
-    self._counts['lost_target_tokens'] += sum(row.lost for row in delivered)
-    for name, side in (('input', 'encoder'), ('target', 'decoder')):
-      real = np.count_nonzero(batch[f'{side}_segment_ids'])
-      self._counts[f'{name}_tokens'] += int(real)
 
   def get_state(self) -> dict[str, Any]:
     """str(row) -> a small JSON value: where the next batch begins."""
@@ -127,18 +152,8 @@ class BatchIterator:
     self._states = {row: states[str(row)] for row in self._states}
 
   def stats(self) -> dict[str, int | float]:
-    """What was delivered since this object was made.
-
-    `rows`, `examples`, real `input_tokens` and `target_tokens`,
-    `lost_target_tokens` that were cut off, and `input_padding` and
-    `target_padding`: shares of the rows.
-    """
-    lengths = {'input': self._options.inputs_length,
-               'target': self._options.targets_length}
-    return {'rows': self._rows_delivered, **self._counts} | {
-        f'{name}_padding': 1 - self._counts[f'{name}_tokens'] / (
-            self._rows_delivered * length) if self._rows_delivered else 0.0
-        for name, length in lengths.items()}
+    """What was delivered since this object was made; see `Delivered`."""
+    return self._delivered.stats()
 
   def close(self) -> None:
     """Ends the workers. The next batch would start them again."""
@@ -154,7 +169,7 @@ class BatchIterator:
 
 
 def fixed_batches(
-    documents: Sequence[str], vocabulary: Vocabulary,
+    documents: Sequence[Item], vocabulary: Vocabulary,
     options: PipelineOptions, batch_size: int, max_batches: int = 0
 ) -> list[Batch]:
   """The batches of a held-out set: always the same, each document once.
@@ -179,16 +194,28 @@ def fixed_batches(
   streams = [RowStream(documents, vocabulary, options, batch_size, row,
                        held_out=True) for row in range(batch_size)]
   turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
+  return stack_rows(filter(None, turns), batch_size, max_batches)
+
+
+def stack_rows(rows: Iterable[Row], batch_size: int, max_batches: int = 0
+               ) -> list[Batch]:
+  """Batches of rows in their order, the last one filled up with zeros.
+
+  Args:
+    rows: any number.
+    batch_size: rows of a batch.
+    max_batches: the first so many; 0: all.
+  """
   limit = max_batches * batch_size or None
-  rows = [row.features for row in itertools.islice(
-      filter(None, turns), limit)]
-  empty = {name: np.zeros_like(rows[0][name]) for name in rows[0]}
-  rows += [empty] * (-len(rows) % batch_size)
-  return [_stack(rows[i:i + batch_size])
-          for i in range(0, len(rows), batch_size)]
+  features = [row.features for row in itertools.islice(rows, limit)]
+  while len(features) % batch_size:
+    features.append({name: np.zeros_like(array)
+                     for name, array in features[0].items()})
+  return [_stack(features[i:i + batch_size])
+          for i in range(0, len(features), batch_size)]
 
 
-def _check(documents: Sequence[str], batch_size: int) -> None:
+def _check(documents: Sequence[Item], batch_size: int) -> None:
   if not len(documents):
     raise DataError('there are no documents')
   if batch_size < 1:

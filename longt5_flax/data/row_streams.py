@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from longt5_flax.data.objectives import Example, GapSentences
+from longt5_flax.data.documents import Item
+from longt5_flax.data.objectives import Example, Objective, make_objective
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
@@ -52,39 +53,25 @@ class RowStream:
   """
 
   def __init__(
-      self, documents: Sequence[str], vocabulary: Vocabulary,
+      self, documents: Sequence[Item], vocabulary: Vocabulary,
       options: PipelineOptions, batch_size: int, row: int,
       held_out: bool = False):
     name = 'held out' if held_out else 'train'
-    texts = grain.MapDataset.source(documents)
+    items = grain.MapDataset.source(documents)
     if not held_out:
-      texts = texts.shuffle(_seed(options.seed, 'shuffle')).repeat()
+      items = items.shuffle(_seed(options.seed, 'shuffle')).repeat()
     examples = _ExampleDataset(
-        texts, GapSentences(vocabulary, options), options,
+        items, make_objective(vocabulary, options), options,
         (row, batch_size), (options.seed, zlib.crc32(name.encode())))
-    # One bin of one example is a row without packing.
-    bins, most = (_BINS, None) if options.packing else (1, 1)
-    rows = grain.experimental.FirstFitPackIterDataset(
-        examples,
-        length_struct={'inputs': options.inputs_length,
-                       'targets': options.targets_length},
-        num_packing_bins=bins, max_sequences_per_bin=most,
-        # Bins are filled in turn, the last one least: in the same turn on all
-        # rows there would be batches with more padding than others.
-        shuffle_bins=True, seed=_seed(options.seed, f'bins {row}'),
-        meta_features=('lost',),
-        pack_alignment_struct={'inputs': options.global_block_size,
-                               'targets': 1})
     self._documents = len(documents)
     self._row = row
-    self._rows = iter(rows)
+    self._rows = iter(packed_rows(examples, options, f'bins {row}'))
 
   def __iter__(self) -> 'RowStream':
     return self
 
   def __next__(self) -> Row:
-    packed = next(self._rows)
-    return Row(_features(packed), len(packed['lost']), int(sum(packed['lost'])))
+    return make_row(next(self._rows))
 
   def get_state(self) -> dict[str, Any]:
     """A small JSON value: where the next row begins."""
@@ -101,6 +88,35 @@ class RowStream:
           f'row {self._row} was saved with {state["documents"]} documents and '
           f'there are {self._documents}: the order would not be the same')
     self._rows.set_state(state['rows'])
+
+
+def packed_rows(examples: grain.IterDataset, options: PipelineOptions,
+                name: str) -> grain.IterDataset:
+  """Packs examples, dicts of the fields of `Example`, for `make_row`.
+
+  Args:
+    examples: in order.
+    options: of the pipeline.
+    name: different ones place rows in different order.
+  """
+  # One bin of one example is a row without packing.
+  bins, most = (_BINS, None) if options.packing else (1, 1)
+  return grain.experimental.FirstFitPackIterDataset(
+      examples,
+      length_struct={'inputs': options.inputs_length,
+                     'targets': options.targets_length},
+      num_packing_bins=bins, max_sequences_per_bin=most,
+      # Bins are filled in turn, the last one least: in the same turn on all
+      # rows there would be batches with more padding than others.
+      shuffle_bins=True, seed=_seed(options.seed, name),
+      meta_features=('lost',),
+      pack_alignment_struct={'inputs': options.global_block_size,
+                             'targets': 1})
+
+
+def make_row(packed: dict[str, np.ndarray]) -> Row:
+  """The row of what `packed_rows` gives."""
+  return Row(_features(packed), len(packed['lost']), int(sum(packed['lost'])))
 
 
 def _seed(seed: int, name: str) -> int:
@@ -130,11 +146,11 @@ def _features(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 class _ExampleDataset(grain.IterDataset):
   """Examples of the documents at positions first, first + step, ..."""
 
-  def __init__(self, texts: Any, objective: GapSentences,
+  def __init__(self, items: Any, objective: Objective,
                options: PipelineOptions, positions: tuple[int, int],
                seeds: tuple[int, int]):
     super().__init__()
-    self.texts = texts
+    self.items = items
     self.objective = objective
     self.options = options
     self.positions = positions
@@ -159,16 +175,16 @@ class _ExampleIterator(grain.DatasetIterator):
     dataset = self._dataset
     first, step = dataset.positions
     position = first + step * self._document
-    if position >= len(dataset.texts):
+    if position >= len(dataset.items):
       raise StopIteration
     if self._read is None:
-      self._read = dataset.objective.read(dataset.texts[position])
-    example, self._start = dataset.objective.example(
-        self._read, self._start, (*dataset.seeds, position, self._start),
-        self._room)
+      self._read = dataset.objective.read(dataset.items[position])
+    example, end = dataset.objective.example(
+        self._read, self._start, (*dataset.seeds, position), self._room)
     self._room = _room_after(example, self._room, dataset.options)
-    if self._start >= len(self._read.ids):
-      self._document, self._start, self._read = self._document + 1, 0, None
+    if end is None:
+      self._document, self._read = self._document + 1, None
+    self._start = end or 0
     return example._asdict()
 
   def get_state(self) -> dict[str, Any]:

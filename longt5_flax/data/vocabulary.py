@@ -3,8 +3,11 @@
 Equal, id for id, to seqio.SentencePieceVocabulary, which needs TensorFlow.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import itertools
+from collections.abc import Iterable
 
+import numpy as np
 import sentencepiece
 
 from longt5_flax.data.sources import DataError
@@ -22,6 +25,9 @@ class Vocabulary:
     path: a SentencePiece model with padding as id 0.
     extra_ids: how many sentinels there are to be.
 
+  Attributes:
+    fingerprint: of all pieces, sentinels included.
+
   Raises:
     DataError: `path` is not such a model.
   """
@@ -29,24 +35,36 @@ class Vocabulary:
   pad_id = 0
 
   def __init__(self, path: str, extra_ids: int = 100):
-    if extra_ids < 0:
-      raise DataError(f'extra_ids={extra_ids} must be at least 0')
     try:
       with open(path, 'rb') as file:
         model = file.read()
     except OSError as error:
       raise DataError(f'cannot read vocabulary {path}: {error.strerror}'
                       ) from None
+    self._load(model, extra_ids, path)
+
+  @classmethod
+  def from_model(cls, model: bytes, extra_ids: int, path: str) -> 'Vocabulary':
+    """The vocabulary of a file's content; `path` is for messages."""
+    vocabulary = cls.__new__(cls)
+    vocabulary._load(model, extra_ids, path)
+    return vocabulary
+
+  def _load(self, model: bytes, extra_ids: int, path: str) -> None:
+    if extra_ids < 0:
+      raise DataError(f'extra_ids={extra_ids} must be at least 0')
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
       self._processor.LoadFromSerializedProto(model)
       held = {self._processor.IdToPiece(i).removeprefix('▁')
               for i in range(self._processor.GetPieceSize())}
       sentinels = [f'<extra_id_{n}>' for n in reversed(range(extra_ids))]
-      self._processor.LoadFromSerializedProto(model + b''.join(
-          _piece('▁' + name) for name in sentinels if name not in held))
+      model += b''.join(
+          _piece('▁' + name) for name in sentinels if name not in held)
+      self._processor.LoadFromSerializedProto(model)
     except RuntimeError:
       raise DataError(f'vocabulary {path} is no SentencePiece model') from None
+    self.fingerprint = hashlib.sha256(model).hexdigest()
     if self._processor.pad_id() != self.pad_id:
       raise DataError(f'vocabulary {path} has padding as id '
                       f'{self._processor.pad_id()}: it must be 0')
@@ -69,15 +87,33 @@ class Vocabulary:
     """Stands for text without a piece."""
     return self._processor.unk_id()
 
+  def sentinel_ids(self, count: int) -> np.ndarray:
+    """[count] int32: ids that stand for spans of text, in order of use.
+
+    <extra_id_0>, <extra_id_1>, ... and, where they do not suffice, the highest
+    other ids, descending. So it is with T5, which counts down from the highest
+    id of all: its inputs of 4096 tokens have 227 spans, and 100 sentinels.
+
+    Raises:
+      DataError: there are no sentinels, or not so many ids.
+    """
+    find = self._processor.PieceToId
+    names = (f'<extra_id_{n}>' for n in itertools.count())
+    held = (max(find('▁' + name), find(name)) for name in names)
+    sentinels = list(itertools.takewhile(lambda i: i != self.unk_id, held))
+    if not sentinels:
+      raise DataError('the vocabulary has no sentinels <extra_id_n>, which '
+                      'span corruption needs: set data.extra_ids=100')
+    special = {self.pad_id, self.eos_id, self.unk_id, *sentinels}
+    others = [i for i in reversed(range(self.size)) if i not in special]
+    if count > len(sentinels + others):
+      raise DataError(f'span corruption needs {count} sentinels: more than the '
+                      f'{self.size} ids of the vocabulary')
+    return np.array((sentinels + others)[:count], np.int32)
+
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, without end of sequence."""
     return self._processor.EncodeAsIds(text)
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each."""
-    # SentencePiece's own batches start threads, and cost 5 ms more for that.
-    encode = self._processor.EncodeAsIds
-    return [encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of token ids up to the first end of sequence.

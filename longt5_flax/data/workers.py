@@ -1,10 +1,12 @@
-"""Rows made by other processes, or by this one.
+"""What other processes make: rows of batches, shards.
 
-A process owns whole rows, so what is in a batch does not depend on how many
-there are. Workers are started afresh, not forked (JAX has threads) and not by
-`multiprocessing`, which would run the user's script again in each of them.
+Workers are started afresh, not forked (JAX has threads) and not by
+`multiprocessing`, which would run the user's script again in each of them. A
+process owns whole rows, so what is in a batch does not depend on how many there
+are.
 """
 
+import functools
 import os
 import pickle
 import queue
@@ -14,13 +16,14 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from longt5_flax.data.row_streams import Row, RowStream
+from longt5_flax.data.sources import DataError
 
-# Batches that wait, made but not asked for.
+# Batches, or what else a worker makes, that wait to be asked for.
 _PREFETCH = 4
 # What a worker runs. It needs neither JAX nor what the package imports for
 # users: without them it starts in half a second less and 100 MB smaller.
@@ -39,6 +42,10 @@ workers.serve(pipe)
 
 class RowError(RuntimeError):
   """A row could not be made."""
+
+
+class WorkerError(RuntimeError):
+  """A worker failed, or ended before its time."""
 
 
 class Made(NamedTuple):
@@ -60,7 +67,7 @@ class Job(NamedTuple):
   filenos: Sequence[int] = ()
 
 
-class InProcess:
+class InProcess(Iterator[dict[int, Made]]):
   """Makes rows in this process.
 
   Args:
@@ -79,8 +86,11 @@ class InProcess:
     for row, stream in self._streams.items():
       try:
         made[row] = Made(next(stream), stream.get_state())
+      except DataError:
+        raise
       except Exception as error:
-        raise RowError(_describe(row, error)) from error
+        raise RowError(f'row {row}: {type(error).__name__}: {error}'
+                       ) from error
     return made
 
   def close(self) -> None:
@@ -97,32 +107,42 @@ class Workers:
 
   def __init__(self, job: Job, count: int):
     rows = list(job.states)
+    self._rows = [rows[i::count] for i in range(min(count, len(rows)))]
     self._workers = [
-        _Worker(job._replace(states={r: job.states[r] for r in part}))
-        for part in (rows[i::count] for i in range(min(count, len(rows))))]
+        Worker(functools.partial(InProcess, job._replace(
+            states={row: job.states[row] for row in part})), job.filenos)
+        for part in self._rows]
 
   def __next__(self) -> dict[int, Made]:
     made: dict[int, Made] = {}
-    for worker in self._workers:
-      made.update(worker.take())
+    for rows, worker in zip(self._rows, self._workers, strict=True):
+      try:
+        made.update(next(worker))
+      except WorkerError as error:
+        raise RowError(f'rows {sorted(rows)}: their {error}') from None
     return made
 
   def close(self) -> None:
     """Ends the processes."""
     for worker in self._workers:
-      worker.kill()
+      worker.close()
 
 
-class _Worker:
-  """One process, and a thread here that fetches what it makes."""
+class Worker(Iterator[Any]):
+  """A process that iterates, and a thread here that fetches what it makes.
 
-  def __init__(self, job: Job):
-    self._rows = sorted(job.states)
+  Args:
+    make: gives what is to be iterated over; to be pickled.
+    filenos: open files that the process inherits.
+  """
+
+  def __init__(self, make: Callable[[], Iterable[Any]],
+               filenos: Sequence[int] = ()):
     self._made: queue.SimpleQueue[Any] = queue.SimpleQueue()
     self._free = threading.Semaphore(_PREFETCH)
     self._stop = threading.Event()
     # Here, because what cannot be pickled is the caller's mistake.
-    pickled = pickle.dumps(job)
+    pickled = pickle.dumps(make)
     here, there = socket.socketpair()
     with there:
       # Blocked signals are inherited: Ctrl-C and a scheduler's SIGTERM are for
@@ -132,37 +152,45 @@ class _Worker:
       try:
         self._process = subprocess.Popen(
             [sys.executable, '-c', _WORKER, str(there.fileno())],
-            pass_fds=(there.fileno(), *job.filenos), stdin=subprocess.DEVNULL)
+            pass_fds=(there.fileno(), *filenos), stdin=subprocess.DEVNULL)
       finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     threading.Thread(target=_fetch, daemon=True, args=(
         Connection(here.detach()), pickled, self._made, self._free,
         self._stop)).start()
 
-  def take(self) -> dict[int, Made]:
+  def __next__(self) -> Any:
+    """What it made next.
+
+    Raises:
+      DataError, RowError: what it raised itself.
+      WorkerError: it raised anything else, or was ended.
+    """
     made = self._made.get()
     self._free.release()
-    if isinstance(made, str):
-      raise RowError(made)
+    if isinstance(made, Exception):
+      raise made
     if made is None:
       # The pipe closes a moment before the process has ended.
       code = self._process.wait()
-      raise RowError(
-          f'rows {self._rows}: their worker process {self._process.pid} ended '
-          + (f'with exit code {code}' if code >= 0 else
-             f'by signal {-code} ({signal.Signals(-code).name})'))
+      if not code:
+        raise StopIteration
+      raise WorkerError(f'worker process {self._process.pid} ended ' + (
+          f'with exit code {code}' if code > 0 else
+          f'by signal {-code} ({signal.Signals(-code).name})'))
     return made
 
-  def kill(self) -> None:
+  def close(self) -> None:
+    """Ends the process."""
     self._stop.set()
     self._free.release()
     self._process.kill()
     self._process.wait()
 
 
-def _fetch(pipe: Connection, job: bytes, made: queue.SimpleQueue,
+def _fetch(pipe: Connection, make: bytes, made: queue.SimpleQueue,
            free: threading.Semaphore, stop: threading.Event) -> None:
-  """Sends the job and takes in results, a bounded number ahead.
+  """Sends what to make and takes in results, a bounded number ahead.
 
   Ends with None when the pipe is closed.
   """
@@ -170,7 +198,7 @@ def _fetch(pipe: Connection, job: bytes, made: queue.SimpleQueue,
   with pipe:
     try:
       pipe.send((sys.path, folder))
-      pipe.send_bytes(job)
+      pipe.send_bytes(make)
       while free.acquire() and not stop.is_set():
         made.put(pipe.recv())
     except (EOFError, OSError):
@@ -178,17 +206,15 @@ def _fetch(pipe: Connection, job: bytes, made: queue.SimpleQueue,
 
 
 def serve(pipe: Connection) -> None:
-  """A worker's life: takes a job, makes its rows until nobody wants them."""
+  """A worker's life: makes what it is told to until nobody wants it."""
   try:
-    rows = InProcess(pickle.loads(pipe.recv_bytes()))
-    while True:
-      pipe.send(next(rows))
-  except (EOFError, OSError):
+    for made in pickle.loads(pipe.recv_bytes())():
+      pipe.send(made)
+  except (EOFError, ConnectionError):
     pass  # The run is over.
-  except RowError as error:
-    cause = ''.join(traceback.format_exception(error.__cause__))
-    pipe.send(f'{error}\n\nIn the worker:\n{cause}')
-
-
-def _describe(row: int, error: Exception) -> str:
-  return f'row {row}: {type(error).__name__}: {error}'
+  except DataError as error:
+    pipe.send(error)
+  except Exception as error:
+    kind = RowError if isinstance(error, RowError) else WorkerError
+    trace = traceback.format_exception(error.__cause__ or error)
+    pipe.send(kind(f'{error}\n\nIn the worker:\n{"".join(trace)}'))

@@ -1,78 +1,159 @@
-"""Parameters out of a run's Orbax checkpoints."""
+"""Orbax checkpoints: those of a run, and folders of parameters alone.
 
+A folder of parameters holds `config.json` and `params`, an Orbax checkpoint of
+unrolled layers, as any program with Orbax reads it.
+"""
+
+import dataclasses
+import json
 import os
 from typing import Any
 
+import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
-from longt5_flax.config import ConfigError
-from longt5_flax.interop.layers import stack_layers, unstack_layers
+from longt5_flax.config import LongT5Config, read_json_object
+from longt5_flax.interop.atomic import written_whole
+from longt5_flax.interop.stores import (
+    Place,
+    StoredTensors,
+    open_folder,
+    reason,
+)
+from longt5_flax.interop.tensors import (
+    ParamTensors,
+    Tensors,
+    WeightsError,
+    tensor_names,
+)
 
 
 def checkpoint_steps(workdir: str) -> list[int]:
   """The steps of a run's whole checkpoints; unlike Orbax's manager, makes no
   folder where there is none."""
-  directory = _directory(workdir)
+  directory = _checkpoints(workdir)
   return ocp.utils.checkpoint_steps(directory) if os.path.isdir(
       directory) else []
 
 
-def _directory(workdir):
-  return os.path.join(os.path.abspath(workdir), 'checkpoints')
-
-
-def restore_run_params(workdir: str, params: Any) -> Any:
-  """The parameters of a run's newest checkpoint.
-
-  Layers are stacked or unstacked as `params` has them, whatever the run had.
+def open_run(workdir: str) -> StoredTensors:
+  """The parameters of a run's newest checkpoint, without optimizer state.
 
   Args:
     workdir: the run's folder.
-    params: shapes, dtypes and shardings of the parameters wanted.
 
   Raises:
-    ConfigError: there is no checkpoint, or its parameters are not the ones
-      wanted; the message names the first that differs.
+    ConfigError: it has no whole checkpoint, or that cannot be read.
   """
-  directory, steps = _directory(workdir), checkpoint_steps(workdir)
+  steps = checkpoint_steps(workdir)
   if not steps:
-    raise ConfigError(f'init_from=run:{workdir}: no checkpoint in {directory}.')
-  path = os.path.join(directory, str(max(steps)), 'state')
-  stored = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
-  is_stacked = 'layers' in stored['params']['encoder']
-  wanted = _convert(params, is_stacked)
-  _check_same(stored['params'], wanted, workdir)
-  # The optimizer's part of the checkpoint is not read.
-  restored = ocp.PyTreeCheckpointer().restore(
-      path, args=ocp.args.PyTreeRestore(
-          item={'params': wanted}, partial_restore=True,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(
-              {'params': wanted})))['params']
-  restored = jax.jit(
-      lambda x: _convert(x, 'layers' in params['encoder']),
-      out_shardings=jax.tree.map(lambda x: x.sharding, params))(restored)
-  return restored
+    raise WeightsError(
+        f'{workdir}: no checkpoint in {_checkpoints(workdir)}.')
+  directory = os.path.join(_checkpoints(workdir), str(max(steps)))
+  values = read_json_object(os.path.join(directory, 'config', 'metadata'))
+  return _open(workdir, os.path.join(directory, 'state'), 'params',
+               LongT5Config.from_dict(values['model']),
+               f'{directory}: the newest checkpoint of the run.')
 
 
-def _convert(params, stacked):
-  if stacked == ('layers' in params['encoder']):
-    return params
-  convert = stack_layers if stacked else unstack_layers
-  if not isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-    return convert(params)
-  return jax.eval_shape(convert, params)
+def open_orbax(directory: str) -> StoredTensors:
+  """A folder of parameters, as `save_orbax` writes it.
+
+  Raises:
+    ConfigError: config.json is missing or no LongT5's.
+    WeightsError: there are no parameters, or they cannot be read.
+  """
+  config = LongT5Config.from_pretrained(directory)
+  path = os.path.join(os.path.abspath(directory), 'params')
+  tensors = _open(
+      directory, path, None, config, f'{path}: an Orbax checkpoint.')
+  values = read_json_object(os.path.join(directory, 'config.json'))
+  tensors.architecture = (values.get('architectures') or [None])[0]
+  return tensors
 
 
-def _check_same(stored, wanted, workdir):
-  def shapes(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator='/'):
-            tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def save_orbax(directory: str, params: Any, config: LongT5Config) -> None:
+  """Writes a folder of parameters, one tensor at a time.
 
-  old, new = shapes(stored), shapes(wanted)
-  for name in sorted(old.keys() | new.keys()):
-    if old.get(name) != new.get(name):
-      raise ConfigError(
-          f'init_from=run:{workdir}: parameter {name} has shape '
-          f'{old.get(name)} there and {new.get(name)} here.')
+  The folder appears when all of it is written.
+
+  Args:
+    directory: that is not there yet.
+    params: a parameter tree, layers stacked or not, or `Tensors`.
+    config: the architecture.
+
+  Raises:
+    WeightsError: the folder is there already, or cannot be written.
+  """
+  tensors = (params if isinstance(params, Tensors)
+             else ParamTensors(params, config))
+  values = config.to_dict()
+  if tensors.architecture:
+    values['architectures'] = [tensors.architecture]
+  tree = flax.traverse_util.unflatten_dict(
+      {name: _Later(tensors, name) for name in tensors.shapes}, sep='/')
+  handler = ocp.PyTreeCheckpointHandler(
+      type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+          (jax.Array, ocp.type_handlers.ArrayHandler()),
+          (_Later, _LaterHandler())))
+  with written_whole(directory) as new:
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(os.path.join(new, 'params'),
+                        args=ocp.args.PyTreeSave(tree))
+    with open(os.path.join(new, 'config.json'), 'w', encoding='utf-8') as file:
+      json.dump(values, file, indent=2)
+      file.write('\n')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Later:
+  """A tensor that is read when its turn to be written comes."""
+  tensors: Tensors
+  name: str
+
+
+class _LaterHandler(ocp.type_handlers.NumpyHandler):
+  """Has one tensor in memory, where Orbax's own would have copies of all."""
+
+  async def serialize(self, values, infos, args=None):
+    """See NumpyHandler; when it returns, all is written."""
+    for value, info, arg in zip(values, infos, args, strict=True):
+      for written in await super().serialize(
+          [value.tensors.read(value.name)], [info], [arg]):
+        written.result()
+    return []
+
+
+def _checkpoints(workdir):
+  return os.path.join(os.path.abspath(workdir), 'checkpoints')
+
+
+def _open(origin, path, part, config, line):
+  """The tensors of an Orbax checkpoint, or those below `part` of its tree.
+
+  Orbax names an array by its path in the tree, joined with dots.
+  """
+  prefix = f'{part}.' if part else ''
+  store = {'driver': 'ocdbt', 'base': open_folder(path).spec().to_json()}
+  try:
+    arrays = ts.KvStore.open(store).result()
+    keys = [key.decode() for key in arrays.list().result()]
+    headers = {key.removesuffix('/.zarray'): json.loads(
+        arrays.read(key).result().value) for key in keys
+               if key.startswith(prefix) and key.endswith('/.zarray')}
+  except ValueError as error:
+    raise WeightsError(
+        f'{origin}: cannot read {path}: {reason(error)}.') from None
+  if not headers:
+    raise WeightsError(f'{origin}: no Orbax checkpoint at {path}.')
+  places = {}
+  for name, header in headers.items():
+    spec = {'driver': 'zarr', 'kvstore': store | {'path': f'{name}/'}}
+    shape = tuple(header['shape'])
+    where = tensor_names(name.removeprefix(prefix).split('.'), shape)
+    for i, tensor in enumerate(where.names):
+      places[tensor] = Place(
+          name, spec, shape, 0 if where.stacked else None, i)
+  return StoredTensors(origin, config, places, report=[line])

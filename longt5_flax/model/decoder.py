@@ -45,8 +45,8 @@ class DecoderContext(NamedTuple):
 class DecoderAttention(Projections):
   """Self- or cross-attention of the decoder.
 
-  The cache holds `key` and `value`, [B, S, H, K]: of the encoder's output for
-  cross-attention, of the targets so far for self-attention.
+  Step by step, `key` and `value` [B, S, H, K] of the encoder's output are in
+  the collection `encoded`, those of the targets so far in `cache`.
   """
 
   def __call__(self, x: Float[Array, 'B T D'], source: Float[Array, 'B S D'],
@@ -56,28 +56,41 @@ class DecoderAttention(Projections):
     key, value = self.project_key_value(source, deterministic)
     return self._attend(x, key, value, bias, mask)
 
-  def fill_cache(self, source: Float[Array, 'B S D']) -> None:
+  def fill(self, collection: str, source: Float[Array, 'B S D']) -> None:
     """Stores the keys and values of `source`."""
-    self._store(*self.project_key_value(source, True))
+    self._store(collection, *self.project_key_value(source, True))
 
-  def cached(self, x: Float[Array, 'B T D'],
-             bias: Float[Array, '1 H T S'] | None,
-             mask: Bool[Array, '#B 1 #T S'],
-             start: Int[Array, ''] | None = None) -> Float[Array, 'B T D']:
-    """Attends to the cache; with `start`, puts x's own keys there first."""
-    key: Array = self.get_variable('cache', 'key')
-    value: Array = self.get_variable('cache', 'value')
-    if start is not None:
-      new_key, new_value = self.project_key_value(x, True)
-      key = jax.lax.dynamic_update_slice_in_dim(key, new_key, start, axis=1)
-      value = jax.lax.dynamic_update_slice_in_dim(
-          value, new_value, start, axis=1)
-      self._store(key, value)
+  def attend_to_targets(
+      self, x: Float[Array, 'B T D'], bias: Float[Array, '1 H T S'],
+      mask: Bool[Array, '#B 1 T S'], start: Int[Array, '']
+  ) -> Float[Array, 'B T D']:
+    """Attends to the cache, with x's own keys put at `start` first."""
+    key, value = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+        for old, new in zip(self._stored('cache'),
+                            self.project_key_value(x, True), strict=True))
+    self._store('cache', key, value)
     return self._attend(x, key, value, bias, mask)
 
-  def _store(self, key, value):
-    self.put_variable('cache', 'key', key)
-    self.put_variable('cache', 'value', value)
+  def attend_to_inputs(
+      self, x: Float[Array, 'rows T D'], mask: Bool[Array, 'B 1 1 L']
+  ) -> Float[Array, 'rows T D']:
+    """Attends to the encoder's output, rows / B rows to each input.
+
+    Rows of one input become queries of one row, so that keys and values are
+    read where they are, once for all of them.
+    """
+    key, value = self._stored('encoded')
+    folded = x.reshape(key.shape[0], -1, x.shape[-1])
+    return self._attend(folded, key, value, None, mask).reshape(x.shape)
+
+  def _stored(self, collection: str) -> tuple[Array, Array]:
+    return (self.get_variable(collection, 'key'),
+            self.get_variable(collection, 'value'))
+
+  def _store(self, collection, key, value):
+    self.put_variable(collection, 'key', key)
+    self.put_variable(collection, 'value', value)
 
   def _attend(self, x, key, value, bias, mask):
     output, weights = full_attention(
@@ -116,21 +129,24 @@ class DecoderLayer(nn.Module):
     x = x + self.dropout(y, deterministic)
     return self._add_mlp(x, deterministic)
 
-  def init_cache(self, targets: Float[Array, 'B T D'],
-                 encoded: Float[Array, 'B L D']) -> Float[Array, 'B T D']:
-    """Caches the encoder's keys and values, and makes room for targets."""
-    self.self_attention.fill_cache(targets)
-    self.encoder_decoder_attention.fill_cache(encoded)
+  def init_cache(self, targets: Float[Array, 'rows T D'],
+                 encoded: Float[Array, 'B L D']) -> Float[Array, 'rows T D']:
+    """Stores the encoder's keys and values, and makes room for targets."""
+    self.self_attention.fill('cache', targets)
+    self.encoder_decoder_attention.fill('encoded', encoded)
     return targets
 
-  def step(self, x: Float[Array, 'B T D'],
-           context: DecoderContext) -> Float[Array, 'B T D']:
+  def step(self, x: Float[Array, 'rows T D'],
+           context: DecoderContext) -> Float[Array, 'rows T D']:
     """The next targets, those before them being in the cache."""
+    assert context.start is not None
+    self.sow('intermediates', 'residual', x)
     y = self.pre_self_attention_layer_norm(x)
-    x = x + self.self_attention.cached(
+    x = x + self.self_attention.attend_to_targets(
         y, context.bias, context.self_mask, context.start)
     y = self.pre_cross_attention_layer_norm(x)
-    x = x + self.encoder_decoder_attention.cached(y, None, context.cross_mask)
+    x = x + self.encoder_decoder_attention.attend_to_inputs(
+        y, context.cross_mask)
     return self._add_mlp(x, True)
 
   def _add_mlp(self, x, deterministic):
@@ -163,6 +179,7 @@ class Decoder(nn.Module):
                encoded: Float[Array, 'B L D'],
                encoder_segment_ids: Int[Array, 'B L'],
                decoder_segment_ids: Int[Array, 'B T'] | None,
+               decoder_mask: Bool[Array, 'B T'] | None,
                deterministic: bool) -> Float[Array, 'B T D']:
     length = embedded.shape[1]
     bias = toeplitz(self.relpos_bias(1 - length, length - 1), length, length)
@@ -174,6 +191,8 @@ class Decoder(nn.Module):
           targets == decoder_segment_ids[:, None, None])
       cross_mask = cross_mask & (
           targets == encoder_segment_ids[:, None, None])
+    if decoder_mask is not None:
+      self_mask = self_mask & decoder_mask[:, None, None]
     context = DecoderContext(encoded, bias[None], self_mask, cross_mask, None)
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
@@ -193,15 +212,18 @@ class Decoder(nn.Module):
     return self.logits_dense(x)
 
   def init_cache(self, encoded: Float[Array, 'B L D'],
-                 max_length: int) -> None:
-    """Makes the cache for decoding up to `max_length` targets."""
-    empty = jnp.zeros((encoded.shape[0], max_length, self.config.d_model))
+                 max_length: int, rows_per_input: int) -> None:
+    """Makes the collections for decoding up to `max_length` targets."""
+    empty = jnp.zeros((encoded.shape[0] * rows_per_input, max_length,
+                       self.config.d_model))
     self.put_variable('cache', 'length', jnp.zeros((), jnp.int32))
     run_layers(self.layers, DecoderLayer.init_cache,
                self.num_layers, empty, encoded)
 
-  def step(self, embedded: Float[Array, 'B T D'],
-           encoder_segment_ids: Int[Array, 'B L']) -> Float[Array, 'B T D']:
+  def step(self, embedded: Float[Array, 'rows T D'],
+           encoder_segment_ids: Int[Array, 'B L'],
+           decoder_mask: Bool[Array, 'rows S'] | None,
+           ) -> Float[Array, 'rows T D']:
     """The next T targets, which the cache must have room for."""
     start: Array = self.get_variable('cache', 'length')
     name = 'layers' if self.scan_layers else 'layers_0'
@@ -211,10 +233,15 @@ class Decoder(nn.Module):
         start + jnp.arange(embedded.shape[1])[:, None])
     by_offset = self.relpos_bias(1 - room, 0)
     bias = by_offset[:, jnp.minimum(offsets, 0) + room - 1]
+    self_mask = (offsets <= 0)[None, None]
+    if decoder_mask is not None:
+      self_mask = self_mask & decoder_mask[:, None, None]
     context = DecoderContext(
-        None, bias[None], (offsets <= 0)[None, None],
+        None, bias[None], self_mask,
         (encoder_segment_ids > 0)[:, None, None], start)
     self.put_variable('cache', 'length', start + embedded.shape[1])
-    return self.decoder_norm(run_layers(
+    x = self.decoder_norm(run_layers(
         self.layers, DecoderLayer.step, self.num_layers,
         embedded, context))
+    self.sow('intermediates', 'output', x)
+    return x

@@ -9,16 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.attention import (
-    Globals,
+    GlobalTokens,
     full_attention,
     local_attention,
 )
+from longt5_flax.model.chunked_attention import chunked_attention
 from longt5_flax.model.global_tokens import (
     GlobalBlocks,
     assign_global_blocks,
     segment_positions,
     sum_blocks,
-    take_blocks,
 )
 from longt5_flax.model.layers import (
     MLP,
@@ -29,7 +29,7 @@ from longt5_flax.model.layers import (
     make_layers,
     run_layers,
 )
-from longt5_flax.model.relative_position import toeplitz
+from longt5_flax.model.relative_position import bucket_reach, toeplitz
 
 
 class EncoderContext(NamedTuple):
@@ -37,19 +37,23 @@ class EncoderContext(NamedTuple):
 
   Attributes:
     segment_ids: 0 is padding.
-    bias: [H, C, W] of the local window, or [H, L, L] for full attention.
+    bias: by offset, [H, 2 local_radius + 1], or [H, L, L] for full attention.
     blocks: the global tokens' blocks, None without global tokens.
-    side_bias: the bias of a token of block b towards global token g, at
-      [b, h, g]; None without global tokens.
+    side_bias: by offset in blocks; None without global tokens.
   """
   segment_ids: Int[Array, 'B L']
-  bias: Float[Array, 'H rows columns']
+  bias: Float[Array, 'H ...']
   blocks: GlobalBlocks | None
-  side_bias: Float[Array, 'G H G'] | None
+  side_bias: Float[Array, 'H offsets'] | None
 
 
 class EncoderAttention(Projections):
-  """Self-attention of the encoder, of the type that the config names."""
+  """Self-attention of the encoder, of the type that the config names.
+
+  Attributes:
+    attention: which implementation; see `longt5.ATTENTION_IMPLEMENTATIONS`.
+  """
+  attention: str = 'reference'
 
   def setup(self):
     super().setup()
@@ -67,11 +71,15 @@ class EncoderAttention(Projections):
           segment_ids > 0)[:, None, None]
       output, weights = full_attention(
           query, key, value, context.bias[None], mask, self.dtype)
+      self.sow('intermediates', 'weights', weights)
+      return self.project_out(output)
+    inputs = (query, key, value, context.bias, segment_ids,
+              self._globals(x, context, deterministic), self.dtype)
+    if self.attention == 'reference':
+      output, weights = local_attention(*inputs)
+      self.sow('intermediates', 'weights', weights)
     else:
-      output, weights = local_attention(
-          query, key, value, context.bias, segment_ids,
-          self._globals(x, context, deterministic), self.dtype)
-    self.sow('intermediates', 'weights', weights)
+      output = chunked_attention(*inputs)
     return self.project_out(output)
 
   def _globals(self, x, context, deterministic):
@@ -84,18 +92,16 @@ class EncoderAttention(Projections):
         self.T5LayerNorm_0(sums), deterministic)
     if key.shape[1] == 0:
       return None
-    num_globals, heads, _ = context.side_bias.shape
-    bias = take_blocks(
-        context.side_bias.reshape(num_globals, -1), context.blocks,
-        self.config.global_block_size)
-    return Globals(key, value, bias.reshape(*x.shape[:2], heads, -1),
-                   context.blocks.segment_ids)
+    return GlobalTokens(
+        key, value, context.side_bias, context.blocks.segment_ids,
+        context.blocks.block_ids, self.config.global_block_size)
 
 
 class EncoderLayer(nn.Module):
   """Attention and MLP, each behind a norm and beside a residual."""
   config: LongT5Config
   dtype: DTypeLike
+  attention: str
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B L D'], context: EncoderContext,
@@ -106,7 +112,7 @@ class EncoderLayer(nn.Module):
     y = T5LayerNorm(config.layer_norm_epsilon, self.dtype,
                     name='pre_attention_layer_norm')(x)
     # Padding is zeroed before attention and MLP, as in the original.
-    y = EncoderAttention(config, self.dtype, name='attention')(
+    y = EncoderAttention(config, self.dtype, self.attention, name='attention')(
         jnp.where(real, y, 0), context, deterministic)
     x = x + layer_dropout(config.dropout_rate)(y, deterministic)
     y = T5LayerNorm(config.layer_norm_epsilon, self.dtype,
@@ -123,6 +129,7 @@ class Encoder(nn.Module):
   dtype: DTypeLike
   scan_layers: bool
   remat: str
+  attention: str
 
   def setup(self):
     config = self.config
@@ -130,8 +137,8 @@ class Encoder(nn.Module):
     if config.encoder_attention_type == 'transient-global':
       self.side_relpos_bias = RelativePositionBias(config, bidirectional=True)
     self.layers = make_layers(
-        lambda: EncoderLayer(config, self.dtype), config.num_layers,
-        self.scan_layers)
+        lambda: EncoderLayer(config, self.dtype, self.attention),
+        config.num_layers, self.scan_layers)
     # Float32 also where the layers compute in less: what follows is logits.
     self.encoder_norm = T5LayerNorm(config.layer_norm_epsilon, jnp.float32)
     self.dropout = layer_dropout(config.dropout_rate)
@@ -158,16 +165,14 @@ class Encoder(nn.Module):
       bias = toeplitz(
           self.relpos_bias(1 - length, length - 1), length, length)
       return EncoderContext(segment_ids, bias, None, None)
-    block = config.local_radius + 1
-    bias = toeplitz(
-        self.relpos_bias(1 - 2 * block, 2 * block - 1), block, 3 * block)
+    bias = self.relpos_bias(-config.local_radius, config.local_radius)
     if config.encoder_attention_type == 'local':
       return EncoderContext(segment_ids, bias, None, None)
     blocks = assign_global_blocks(
         segment_ids, positions, config.global_block_size)
-    # One global token at least: the table is a parameter at every length.
-    rows = max(1, length // config.global_block_size)
-    side_bias = toeplitz(
-        self.side_relpos_bias(1 - rows, rows - 1), rows, rows)
-    return EncoderContext(
-        segment_ids, bias, blocks, jnp.swapaxes(side_bias, 0, 1))
+    reach = bucket_reach(config.relative_attention_num_buckets,
+                         config.relative_attention_max_distance)
+    # Also where the row is too short for global tokens: the table is a
+    # parameter at every length.
+    return EncoderContext(segment_ids, bias, blocks,
+                          self.side_relpos_bias(-reach, reach))

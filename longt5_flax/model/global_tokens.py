@@ -113,25 +113,3 @@ def _look_up(rows_BGD, block_ids):
   taken = jnp.take_along_axis(
       rows_BGD, jnp.maximum(block_ids, 0)[..., None], axis=1)
   return jnp.where((block_ids >= 0)[..., None], taken, 0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def take_blocks(
-    rows: Float[Array, 'G D'], blocks: GlobalBlocks, block_size: int
-) -> Float[Array, 'B L D']:
-  """Every token's row, by its block; zeros for tokens of no block."""
-  del block_size
-  taken = rows[jnp.maximum(blocks.block_ids, 0)]
-  return jnp.where((blocks.block_ids >= 0)[..., None], taken, 0)
-
-
-def _take_blocks_fwd(rows, blocks, block_size):
-  return take_blocks(rows, blocks, block_size), blocks
-
-
-def _take_blocks_bwd(block_size, blocks, cotangent):
-  sums = sum_blocks(cotangent, blocks, block_size)
-  return jnp.sum(sums, axis=0), None
-
-
-take_blocks.defvjp(_take_blocks_fwd, _take_blocks_bwd)

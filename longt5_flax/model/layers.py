@@ -109,7 +109,8 @@ class Embed(nn.Module):
         (self.config.vocab_size, self.config.d_model), jnp.float32)
 
   def __call__(self, tokens: Int[Array, 'B L']) -> Float[Array, 'B L D']:
-    return jnp.take(self.embedding, tokens, axis=0)
+    # Float32 also of narrow parameters: here the residual stream begins.
+    return jnp.take(self.embedding, tokens, axis=0).astype(jnp.float32)
 
   def attend(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
     """Float32 logits, the embedding serving as the output layer."""
@@ -132,7 +133,8 @@ class RelativePositionBias(nn.Module):
         nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
         (config.num_heads, config.relative_attention_num_buckets), jnp.float32)
     return offset_bias(
-        table, first, last, bidirectional=self.bidirectional,
+        table.astype(jnp.float32), first, last,
+        bidirectional=self.bidirectional,
         max_distance=config.relative_attention_max_distance)
 
 
@@ -211,7 +213,8 @@ def run_layers(
     return carry
   scanned = nn.scan(
       lambda layer, carry, context: (call(layer, carry, context), None),
-      variable_axes={'params': 0, 'cache': 0, 'intermediates': 0},
+      variable_axes={'params': 0, 'encoded': 0, 'cache': 0,
+                     'intermediates': 0},
       split_rngs={'params': True, 'dropout': True},
       in_axes=nn.broadcast, length=num_layers)
   return scanned(layers, carry, context)[0]

@@ -4,19 +4,24 @@ They own parameters and hold none: `module.init(key, ...)` makes them,
 `module.apply({'params': params}, ...)` uses them. Intermediate values (every
 layer's input as `residual`, attention `weights`, each stack's `output`) come
 with `mutable=['intermediates']`.
+
+Arrays may be NumPy's, and `input_ids`, `attention_mask`, `decoder_input_ids`
+and `decoder_attention_mask` are other names of `encoder_input_tokens`,
+`encoder_segment_ids`, `decoder_input_tokens` and `decoder_mask`.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.model.decoder import Decoder
 from longt5_flax.model.encoder import Encoder
+from longt5_flax.model.inputs import flexible_inputs
 from longt5_flax.model.layers import REMAT_POLICIES, Embed
 
-ATTENTION_IMPLEMENTATIONS = ('reference',)
+ATTENTION_IMPLEMENTATIONS = ('reference', 'chunked')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -46,11 +51,12 @@ class _LongT5(nn.Module):
     if jnp.dtype(self.dtype).name not in DTYPES:
       raise ConfigError(f'dtype={self.dtype} must be one of {DTYPES}.')
     self.token_embedder = Embed(self.config)
-    self.encoder = Encoder(*self._stack_options())
+    self.encoder = Encoder(*self._stack_options(), self.attention)
 
   def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str]:
     return self.config, self.dtype, self.scan_layers, self.remat
 
+  @flexible_inputs
   def encode(
       self,
       encoder_input_tokens: Int[Array, 'B L'],
@@ -81,6 +87,7 @@ class _LongT5(nn.Module):
 class LongT5EncoderModel(_LongT5):
   """The encoder alone; `__call__` is `encode`."""
 
+  @flexible_inputs
   def __call__(
       self,
       encoder_input_tokens: Int[Array, 'B L'],
@@ -102,6 +109,7 @@ class LongT5Model(_LongT5):
     super().setup()
     self.decoder = Decoder(*self._stack_options(), self.has_head)
 
+  @flexible_inputs
   def __call__(
       self,
       encoder_input_tokens: Int[Array, 'B L'],
@@ -109,7 +117,9 @@ class LongT5Model(_LongT5):
       encoder_segment_ids: Int[Array, 'B L'] | None = None,
       encoder_positions: Int[Array, 'B L'] | None = None,
       decoder_segment_ids: Int[Array, 'B T'] | None = None,
+      decoder_mask: Bool[Array, 'B T'] | None = None,
       deterministic: bool = True,
+      with_head: bool = True,
   ) -> Float[Array, 'B T features']:
     """Encodes the inputs and decodes all targets at once.
 
@@ -121,47 +131,69 @@ class LongT5Model(_LongT5):
       encoder_positions: see `encode`.
       decoder_segment_ids: for packed rows; a target sees the inputs of its own
         segment. By default a row is one segment.
+      decoder_mask: which targets later ones may see; by default all.
       deterministic: no dropout; else the rng `dropout` is needed.
+      with_head: False gives what the output layer would get.
     """
     segment_ids = self._segments(encoder_input_tokens, encoder_segment_ids)
     encoded = self.encode(encoder_input_tokens, segment_ids, encoder_positions,
                           deterministic)
     return self.decode(encoded, decoder_input_tokens, segment_ids,
-                       decoder_segment_ids, deterministic)
+                       decoder_segment_ids, decoder_mask, deterministic,
+                       with_head)
 
+  @flexible_inputs
   def decode(
       self,
       encoder_output: Float[Array, 'B L D'],
       decoder_input_tokens: Int[Array, 'B T'],
       encoder_segment_ids: Int[Array, 'B L'],
       decoder_segment_ids: Int[Array, 'B T'] | None = None,
+      decoder_mask: Bool[Array, 'B T'] | None = None,
       deterministic: bool = True,
+      with_head: bool = True,
   ) -> Float[Array, 'B T features']:
     """The output at every target; arguments as in `__call__`."""
-    return self._head(self.decoder(
+    x = self.decoder(
         self.token_embedder(decoder_input_tokens), encoder_output,
-        encoder_segment_ids, decoder_segment_ids, deterministic))
+        encoder_segment_ids, decoder_segment_ids, decoder_mask, deterministic)
+    return self._head(x) if with_head else x
 
   def init_cache(self, encoder_output: Float[Array, 'B L D'],
-                 max_decode_length: int) -> None:
-    """Makes the collection `cache` for decoding step by step.
+                 max_decode_length: int, rows_per_input: int = 1) -> None:
+    """Makes what decoding step by step needs: two collections.
 
-    Call with `mutable=['cache']`. Keys and values of the encoder's output are
-    computed here, once.
+    Call with `mutable=['encoded', 'cache']`. `encoded` holds the keys and
+    values of the encoder's output, computed here, once; `cache` is empty.
+
+    Args:
+      encoder_output: from `encode`.
+      max_decode_length: the most targets to decode.
+      rows_per_input: how many rows of targets share one input; an input's rows
+        stand together.
     """
-    self.decoder.init_cache(encoder_output, max_decode_length)
+    self.decoder.init_cache(encoder_output, max_decode_length, rows_per_input)
 
+  @flexible_inputs
   def decode_step(
       self,
-      decoder_input_tokens: Int[Array, 'B T'],
+      decoder_input_tokens: Int[Array, 'rows T'],
       encoder_segment_ids: Int[Array, 'B L'],
-  ) -> Float[Array, 'B T features']:
+      decoder_mask: Bool[Array, 'rows S'] | None = None,
+  ) -> Float[Array, 'rows T features']:
     """The output at the next T targets, given those in the cache.
 
     Call with `mutable=['cache']`; the cache moves on by T.
+
+    Args:
+      decoder_input_tokens: the next targets; rows = B * rows_per_input.
+      encoder_segment_ids: see `encode`.
+      decoder_mask: which of the S = max_decode_length targets may be seen, as
+        far as they have been decoded; by default all.
     """
     return self._head(self.decoder.step(
-        self.token_embedder(decoder_input_tokens), encoder_segment_ids))
+        self.token_embedder(decoder_input_tokens), encoder_segment_ids,
+        decoder_mask))
 
   def _head(self, x):
     return x
@@ -171,6 +203,10 @@ class LongT5ForConditionalGeneration(LongT5Model):
   """LongT5 with its output layer: gives logits [B, T, V], float32."""
 
   has_head = True
+
+  def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+    """The output layer alone, on what `with_head=False` gave."""
+    return self._head(x)
 
   def _head(self, x):
     return self.decoder.logits(x, self.token_embedder)

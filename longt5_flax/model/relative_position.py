@@ -40,6 +40,15 @@ def relative_position_bucket(
   return np.asarray(buckets, np.int32)
 
 
+def bucket_reach(num_buckets: int, max_distance: int) -> int:
+  """The distance from which on all offsets of a direction share a bucket, when
+  both directions have buckets of their own; 91 of T5's 32 and 128."""
+  buckets = relative_position_bucket(
+      np.arange(max_distance + 1), bidirectional=True, num_buckets=num_buckets,
+      max_distance=max_distance)
+  return int(np.argmax(buckets == buckets[-1]))
+
+
 def offset_bias(
     table: Float[Array, 'H buckets'],
     first: int,

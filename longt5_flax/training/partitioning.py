@@ -167,6 +167,20 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   return sorted(rows)
 
 
+def row_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Which of how many parts of a batch `local_rows` is.
+
+  Processes that hold the same rows have the same part.
+  """
+  rows: dict[int, set[int]] = {}
+  indices: Any = batch_sharding(mesh).devices_indices_map((batch_size, 1))
+  for device, index in indices.items():
+    rows.setdefault(device.process_index, set()).update(
+        range(*index[0].indices(batch_size)))
+  parts = sorted({tuple(sorted(part)) for part in rows.values()})
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def global_batch(
     mesh: Mesh, rows: Sequence[int], batch: dict[str, np.ndarray],
     batch_size: int

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: step, loss, speed, time left."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,6 +33,14 @@ class Meter:
     self._start = time.perf_counter()
     self._steps = 0
     self._tokens = np.zeros(2)
+    self._waited = 0.0
+
+  def take(self, batches: Iterator[Any]) -> Any:
+    """The next of `batches`, and how long it was waited for."""
+    start = time.perf_counter()
+    batch = next(batches)
+    self._waited += time.perf_counter() - start
+    return batch
 
   def add(self, metrics: dict[str, Any]) -> None:
     """Counts one finished step."""
@@ -43,9 +52,13 @@ class Meter:
     self._start += seconds
 
   def read(self) -> dict[str, float | None]:
-    """Rates since the last reading; empty if no step was counted."""
+    """Rates since the last reading; empty if no step was counted.
+
+    `input_wait` is the share of time in which the loop had no batch yet. The
+    device may have been busy with the step before.
+    """
     seconds = time.perf_counter() - self._start
-    steps, tokens = self._steps, self._tokens
+    steps, tokens, waited = self._steps, self._tokens, self._waited
     self._reset()
     if not steps:
       return {}
@@ -54,6 +67,7 @@ class Meter:
         'decoder_tokens_per_second': tokens[1] / seconds,
         'steps_per_second': steps / seconds,
         'mfu': mfu(self._step_flops * steps / seconds, *self._device),
+        'input_wait': waited / seconds,
         'peak_memory_bytes': _peak_memory(),
     }
 

@@ -17,6 +17,7 @@ from longt5_flax.model.longt5 import (
     DTYPES,
     LongT5ForConditionalGeneration,
 )
+from longt5_flax.training.init_from import check_spec
 from longt5_flax.training.schedules import make_schedule
 
 _AT_LEAST_ONE = (
@@ -28,7 +29,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     'data.workers', 'data.extra_ids', 'checkpoint.keep_every_steps',
     'eval.max_batches', 'eval.samples', 'profile.num_steps', 'loss.z_loss',
-    'optimizer.clip_global_norm', 'optimizer.weight_decay')
+    'loss.chunk_mib', 'optimizer.clip_global_norm', 'optimizer.weight_decay')
 _ABOVE_ZERO = ('optimizer.eps', 'optimizer.clipping_threshold')
 _BELOW_ONE = (
     'loss.label_smoothing', 'optimizer.decay_rate', 'optimizer.b1',
@@ -83,16 +84,25 @@ def check_config(config: Any) -> None:
     value = _value(config, name)
     if not 0 <= value < 1:
       raise ConfigError(f'{name}={value} must be in [0, 1).')
-  if config.init_from and not config.init_from.startswith('run:'):
-    raise ConfigError(f'init_from={config.init_from!r} must be run:WORKDIR.')
+  if config.init_from:
+    check_spec(config.init_from)
   model_config(config.model)
   make_schedule(**config.schedule, steps=config.steps)
 
 
 def check_paths(config: Any) -> None:
   """Refuses a run that was not told what to read."""
-  for name, what in (('data.path', 'the files to train on'),
-                     ('data.vocabulary', 'a SentencePiece model')):
+  needed = {'data.path': 'the files to train on',
+            'data.vocabulary': 'a SentencePiece model'}
+  if config.data.source == 'seqio':
+    needed = {'data.task': 'a task or mixture of seqio'}
+    for name in ('data.path', 'data.validation_path'):
+      if _value(config, name):
+        raise ConfigError(
+            f'{name}={_value(config, name)!r} must be empty for data.source='
+            "'seqio', which reads data.task; files are read by "
+            '--config.data.source=jsonl.')
+  for name, what in needed.items():
     if not _value(config, name):
       raise ConfigError(f'{name} is empty: it must name {what}.')
 
@@ -111,22 +121,24 @@ def check_batch(config: Any, row_parts: int) -> None:
         f'= {row_parts} times optimizer.microbatches={microbatches}.')
 
 
-def check_vocabulary(vocabulary: Any, model: LongT5Config) -> None:
+def check_vocabulary(vocabulary: Any, model: LongT5Config,
+                     name: str = 'data.vocabulary') -> None:
   """Refuses a vocabulary of other special ids, or one that the embedding has
   no rows for.
 
   Args:
     vocabulary: with `size`, `pad_id` and `eos_id`.
     model: the architecture.
+    name: of the vocabulary, for messages.
   """
   for theirs, ours in (('pad_id', 'pad_token_id'), ('eos_id', 'eos_token_id')):
     if getattr(vocabulary, theirs) != getattr(model, ours):
       raise ConfigError(
-          f'data.vocabulary has {theirs}={getattr(vocabulary, theirs)}, which '
+          f'{name} has {theirs}={getattr(vocabulary, theirs)}, which '
           f'must equal model.{ours}={getattr(model, ours)}.')
   if vocabulary.size > model.vocab_size:
     raise ConfigError(
-        f'data.vocabulary has {vocabulary.size} ids with its sentinels, more '
+        f'{name} has {vocabulary.size} ids with its sentinels, more '
         f'than model.vocab_size={model.vocab_size}: raise that, or lower '
         'data.extra_ids.')
 

@@ -1,5 +1,7 @@
 """One step of training, and the loss of held-out rows."""
 
+import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from longt5_flax.training.losses import LossSums, cross_entropy
+from longt5_flax.training.losses import LossSums, chunked_cross_entropy
 
 Batch = dict[str, Int[Array, 'B length']]
 
@@ -52,20 +54,33 @@ def batch_loss(
 
   Args:
     model: LongT5ForConditionalGeneration.
-    loss: `z_loss` and `label_smoothing`.
+    loss: `z_loss`, `label_smoothing` and `chunk_mib`.
     params: the model's.
     batch: with seqio's names.
     dropout_key: None for no dropout.
   """
-  logits: Any = model.apply(
+  features: Any = model.apply(
       {'params': params}, batch['encoder_input_tokens'],
       batch['decoder_input_tokens'], batch['encoder_segment_ids'],
       batch['encoder_positions'], batch['decoder_segment_ids'],
-      deterministic=dropout_key is None,
+      deterministic=dropout_key is None, with_head=False,
       rngs=None if dropout_key is None else {'dropout': dropout_key})
-  return cross_entropy(
-      logits, batch['decoder_target_tokens'], batch['decoder_loss_weights'],
-      z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
+  return chunked_cross_entropy(
+      functools.partial(_logits, model), _head_params(model.config, params),
+      features, batch['decoder_target_tokens'], batch['decoder_loss_weights'],
+      max_bytes=math.ceil(loss.chunk_mib * 2**20), z_loss=loss.z_loss,
+      label_smoothing=loss.label_smoothing)
+
+
+def _logits(model, head_params, features):
+  return model.apply({'params': head_params}, features, method='logits')
+
+
+def _head_params(config, params):
+  """The part of the parameters that the output layer reads."""
+  if config.tie_word_embeddings:
+    return {'token_embedder': params['token_embedder']}
+  return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
 
 
 def make_train_step(

@@ -236,7 +236,7 @@ def test_error_names_the_row(workers):
         pytest.raises(RowError, match=r'^row \d: RuntimeError: ') as error):
     take(batches, 100)
   if workers:
-    assert 'in encode_batch\n' in str(error.value)
+    assert 'in encode\n' in str(error.value)
 
 
 def test_what_cannot_be_pickled_is_an_error():

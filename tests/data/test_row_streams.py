@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from longt5_flax.data import row_streams
+from longt5_flax.data.documents import split_sentences
 from longt5_flax.data.gap_sentences import GapSentenceOptions
-from longt5_flax.data.objectives import GapSentences
+from longt5_flax.data.objectives import make_objective
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.row_streams import RowStream
 from longt5_flax.data.sources import DataError
@@ -34,17 +35,28 @@ def make_options(inputs_length=256, targets_length=96, **changes):
       **{'global_block_size': 8, 'long_documents': 'pieces', **changes})
 
 
-def examples_of(text, options, room=None, vocabulary=VOCABULARY):
-  """All examples of a document, and the sentences of each."""
-  objective = GapSentences(vocabulary, options)
-  document = objective.read(text)
+def read(text, options):
+  """The token ids of the sentences of a document."""
+  document = make_objective(VOCABULARY, options).read(text)
+  return [ids.tolist() for ids in np.split(document.ids, document.ends[1:-1])]
+
+
+def examples_of(text, options, room=None):
+  """All examples of a document, and the token ids of the sentences of each."""
+  objective = make_objective(VOCABULARY, options)
+  document, sentences = objective.read(text), read(text, options)
   room = room or (options.inputs_length, options.targets_length)
   found, start = [], 0
-  while not found or start < len(document.ids):
-    example, end = objective.example(document, start, (0, start), room)
-    found.append((example, document.texts[start:end]))
+  while start is not None:
+    example, end = objective.example(document, start, (0,), room)
+    found.append((example, sentences[start:end]))
     start = end
   return found
+
+
+def text_of(sentences):
+  """Of the token ids of sentences."""
+  return VOCABULARY.decode(itertools.chain.from_iterable(sentences))
 
 
 def segments(row):
@@ -69,8 +81,7 @@ def test_pieces_joined_are_the_document(lengths):
   for text in (TEXT, DOCUMENTS[0], DOCUMENTS[3]):
     found = examples_of(text, options)
     ids = [token for example, _ in found for token in example.inputs[:-1]]
-    expected = GapSentences(VOCABULARY, options).read(text).ids
-    assert ids == list(itertools.chain.from_iterable(expected))
+    assert ids == list(itertools.chain.from_iterable(read(text, options)))
     for example, _ in found:
       assert len(example.inputs) <= options.inputs_length
       assert example.inputs[-1] == 1
@@ -79,42 +90,41 @@ def test_pieces_joined_are_the_document(lengths):
 def test_pieces_keep_sentences_whole_and_lose_no_target():
   options = make_options()
   found = examples_of(TEXT, options)
-  assert ''.join(text for _, texts in found for text in texts) == TEXT
+  assert [ids for _, sentences in found for ids in sentences] == list(
+      map(VOCABULARY.encode, split_sentences(TEXT)))
   assert len(found) > 10
-  for example, texts in found:
-    tokens = sum(map(len, VOCABULARY.encode_batch(texts)))
-    assert tokens <= options.inputs_length - 1
-    assert not example.lost or len(texts) == 1
+  for example, sentences in found:
+    assert sum(map(len, sentences)) <= options.inputs_length - 1
+    assert not example.lost or len(sentences) == 1
     assert example.targets[-1] == 1 or example.lost
 
 
 def test_piece_is_as_long_as_inputs_allow_where_targets_do():
   options = make_options(targets_length=256, gap_sentences=NONE)
   found = examples_of(TEXT, options)
-  longest_sentence = max(map(len, GapSentences(
-      VOCABULARY, options).read(TEXT).ids))
+  longest_sentence = max(map(len, read(TEXT, options)))
   for example, _ in found[:-1]:
     assert len(example.inputs) > 256 - longest_sentence
 
 
 def test_room_is_filled_only_by_what_must_be_cut():
   options, room = make_options(), (100, 40)
-  example, texts = examples_of(TEXT, options, room)[0]
+  example, sentences = examples_of(TEXT, options, room)[0]
   _, longer = examples_of(TEXT, options)[0]
-  assert 1 < len(texts) < len(longer)
+  assert 1 < len(sentences) < len(longer)
   assert len(example.inputs) <= 100
   assert len(example.targets) <= 40
-  (example, texts), = examples_of(FITS, options, room)
-  assert ''.join(texts) == FITS
+  (example, sentences), = examples_of(FITS, options, room)
+  assert text_of(sentences) == VOCABULARY.decode(VOCABULARY.encode(FITS))
   assert len(example.inputs) > 100
 
 
 def test_room_is_not_filled_by_a_sentence_alone():
   """Nothing would be left in the inputs to tell it from."""
   options = make_options()
-  (example, texts), (whole, longer) = (
+  (example, sentences), (whole, longer) = (
       examples_of(TEXT, options, room)[0] for room in ((40, 16), (256, 96)))
-  assert texts == longer
+  assert sentences == longer
   assert np.array_equal(example.inputs, whole.inputs)
 
 
@@ -133,15 +143,15 @@ def test_long_sentence_is_cut_into_sentences():
   text = 'and the water was cold ' * 300 + 'so. The end.'
   options = make_options(gap_sentences=dataclasses.replace(
       GapSentenceOptions(), probabilities=(1.0, 0.0, 0.0, 0.0)))
-  document = GapSentences(VOCABULARY, options).read(text)
-  sizes = list(map(len, document.ids))
-  assert set(sizes[:-2]) == {95}  # targets_length less the end of sequence.
-  assert list(itertools.chain(*document.ids[:-1])) == VOCABULARY.encode(
+  *parts, last = read(text, options)
+  # targets_length less the end of sequence.
+  assert set(map(len, parts[:-1])) == {95}
+  assert list(itertools.chain(*parts)) == VOCABULARY.encode(
       text.removesuffix('The end.'))
-  assert document.texts[-1] == 'The end.'
-  for example, texts in examples_of(text, options):
+  assert VOCABULARY.decode(last) == 'The end.'
+  for example, sentences in examples_of(text, options):
     assert not example.lost
-    assert len(texts) == 1 or len(example.inputs) > 2
+    assert len(sentences) == 1 or len(example.inputs) > 2
 
 
 # A run of characters that no piece holds is one unknown piece.
@@ -166,8 +176,8 @@ def test_odd_documents(text, count, long_documents):
 def test_cut_scores_the_whole_document():
   """Targets may come from what the inputs have no room for, and are lost."""
   options = make_options(long_documents='cut')
-  (example, texts), = examples_of(TEXT, options)
-  assert ''.join(texts) == TEXT
+  (example, sentences), = examples_of(TEXT, options)
+  assert sentences == list(map(VOCABULARY.encode, split_sentences(TEXT)))
   assert (len(example.inputs), len(example.targets)) == (256, 96)
   assert example.lost > 500
   assert 1 not in example.inputs
@@ -178,11 +188,25 @@ def test_mask_must_be_in_the_vocabulary():
   with pytest.raises(DataError, match=(
       r'^gap_sentences\.mask_id=500 must be less than the 500 ids of the '
       'vocabulary$')):
-    GapSentences(VOCABULARY, options)
+    make_objective(VOCABULARY, options)
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'objective': 'ul2'}, "objective='ul2' must be one of ('gap_sentences',)"),
+    *(({'objective': objective},
+       f"{objective=}{name} must be one of ('gap_sentences', 'span_corruption')"
+       ", or a mix such as 'gap_sentences:1,span_corruption:1'")
+      for objective, name in (
+          ('ul2', ''), ('', ''),
+          ('gap_sentences:1,supervised:1', ": 'supervised'"),
+          ('gap_sentences:1,', ": ''"))),
+    *(({'objective': f'gap_sentences:1,span_corruption{weight}'},
+       f"objective='gap_sentences:1,span_corruption{weight}': the weight "
+       f"{weight[1:]!r} of span_corruption must be a number above 0")
+      for weight in (':x', ':0', ':-1', ':nan', ':inf', ':', '')),
+    ({'objective': 'gap_sentences:1,gap_sentences:2'},
+     "objective='gap_sentences:1,gap_sentences:2' names gap_sentences twice"),
+    ({'objective': 'span_corruption', 'inputs_length': 2},
+     'inputs_length=2 must be at least 3'),
     ({'long_documents': 'drop'},
      "long_documents='drop' must be one of ('cut', 'pieces')"),
     ({'inputs_length': 1}, 'inputs_length=1 must be at least 2'),

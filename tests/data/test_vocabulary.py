@@ -53,13 +53,6 @@ def test_last_ids_are_the_sentinels():
   assert vocabulary.encode('<extra_id_0> <extra_id_99>') == [499, 400]
 
 
-def test_encode_batch_is_encode_of_each():
-  vocabulary = Vocabulary(TINY)
-  texts = [encoded['text'] for encoded in GOLDEN[-1]['encode']]
-  assert vocabulary.encode_batch(texts) == list(map(vocabulary.encode, texts))
-  assert vocabulary.encode_batch([]) == []
-
-
 def message(path, extra_ids=100):
   with pytest.raises(DataError) as error:
     Vocabulary(str(path), extra_ids)
@@ -95,3 +88,12 @@ def test_models_of_another_kind(tmp_path, ids, rule):
       **ids)
   assert re.search(f'^vocabulary .*m.model {rule}',
                    message(tmp_path / 'm.model'))
+
+
+def test_fingerprint_is_of_the_pieces(tmp_path):
+  copy = tmp_path / 'other.model'
+  copy.write_bytes(Path(TINY).read_bytes())
+  first, again, fewer = (
+      Vocabulary(str(path), extra_ids).fingerprint
+      for path, extra_ids in ((TINY, 7), (copy, 7), (copy, 6)))
+  assert first == again != fewer

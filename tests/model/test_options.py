@@ -324,20 +324,21 @@ def test_steps_equal_the_whole_target(scan_layers, chunks):
     whole = model.apply({'params': params}, encoded, TARGETS, SEGMENTS,
                         method='decode')
     _, state = model.apply({'params': params}, encoded, 9,
-                           method='init_cache', mutable=['cache'])
-    return whole, state['cache']
+                           method='init_cache',
+                           mutable=['encoded', 'cache'])
+    return whole, state
 
   @golden.jit
-  def step(cache, tokens):
-    logits, state = model.apply(
-        {'params': params, 'cache': cache}, tokens, SEGMENTS,
+  def step(state, tokens):
+    logits, cache = model.apply(
+        {'params': params, **state}, tokens, SEGMENTS,
         method='decode_step', mutable=['cache'])
-    return logits, state['cache']
+    return logits, {**state, **cache}
 
-  whole, cache = start(params)
+  whole, state = start(params)
   done = 0
   for count in chunks:
-    logits, cache = step(cache, TARGETS[:, done:done + count])
+    logits, state = step(state, TARGETS[:, done:done + count])
     golden.assert_close(
         logits, whole[:, done:done + count], what=f'target {done}')
     done += count

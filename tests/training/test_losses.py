@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import golden
-from longt5_flax.training.losses import cross_entropy
+from longt5_flax.training.losses import chunked_cross_entropy, cross_entropy
 
 
 @pytest.mark.parametrize('name', golden.names('flaxformer_'))
@@ -90,3 +90,60 @@ def test_large_logits_are_finite():
   logits[0, :, 0] = 3e4
   sums = compute(logits, [[0, 1]], np.ones((1, 2)), z_loss=0.0)
   assert float(sums.loss_sum) == 3e4
+
+
+def head(params, x):
+  return x @ params['kernel']
+
+
+def heads_and_labels(length):
+  """Arguments of the chunked loss: two rows, a vocabulary of 11."""
+  _, targets, weights = example(batch=2, length=length)
+  generator = np.random.default_rng(1)
+  return ({'kernel': jnp.asarray(generator.standard_normal((7, 11)), 'f')},
+          jnp.asarray(generator.standard_normal((2, length, 7)), 'f'),
+          jnp.asarray(targets), jnp.asarray(weights))
+
+
+@pytest.mark.parametrize('length, positions, widths', [
+    (13, 5, [5, 5, 5]), (12, 11.9, [6, 6]), (12, 12, [12]),
+    (5, 0.1, [1] * 5), (5, 0, [5])])
+def test_chunks_equal_the_whole(length, positions, widths):
+  """Sums and gradients, for chunks of at most so many positions."""
+  arguments = heads_and_labels(length)
+  options = dict(z_loss=0.3, label_smoothing=0.1)
+  seen = []
+
+  def recording_head(params, x):
+    seen.append(x.shape[1])
+    return head(params, x)
+
+  def chunked(params, features):
+    sums = chunked_cross_entropy(
+        recording_head, params, features, *arguments[2:],
+        max_bytes=int(positions * 2 * 11 * 4), **options)
+    return 0.5 * sums.loss_sum, sums
+
+  def whole(params, features):
+    sums = cross_entropy(head(params, features), *arguments[2:], **options)
+    return 0.5 * sums.loss_sum, sums
+
+  gradient, sums = golden.jit(jax.grad(chunked, (0, 1), has_aux=True))(
+      *arguments[:2])
+  expected, expected_sums = golden.jit(jax.grad(whole, (0, 1), has_aux=True))(
+      *arguments[:2])
+  # The whole is seen when the shape of the logits is asked for.
+  assert {*seen} == {length, *widths}
+  for field, value in expected_sums._asdict().items():
+    golden.assert_close(getattr(sums, field), value, what=field)
+    golden.assert_close(getattr(chunked(*arguments[:2])[1], field), value,
+                        what=f'{field} without gradient')
+  golden.assert_close(gradient[0]['kernel'], expected[0]['kernel'])
+  golden.assert_close(gradient[1], expected[1])
+
+
+def test_other_sums_of_chunks_have_no_gradient():
+  params, *rest = heads_and_labels(4)
+  gradient = jax.grad(lambda params: chunked_cross_entropy(
+      head, params, *rest, max_bytes=100).z_loss_sum)(params)
+  np.testing.assert_array_equal(gradient['kernel'], 0)

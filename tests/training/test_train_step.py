@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from golden import assert_close, jit
+from golden import assert_close, assert_trees_close, jit, random_params
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 from longt5_flax.config import ConfigError
 from longt5_flax.interop.layers import unstack_layers
@@ -27,12 +27,15 @@ CONFIG = LongT5Config.preset(
     'tglobal-tiny', vocab_size=96, local_radius=7, global_block_size=4,
     dropout_rate=0.0)
 ROWS, INPUTS, TARGETS = 8, 40, 12
+# Logits of an eighth of the batch, or of one of 4 microbatches on 2 devices,
+# take 4608 bytes: three chunks of the loss.
+CHUNKS = {'loss.chunk_mib': 1700 / 2**20}
 
 
 def settings(**values):
   config = ConfigDict(dict(
       seed=0, loss=dict(z_loss=1e-4, label_smoothing=0.0,
-                        normalization='tokens'),
+                        normalization='tokens', chunk_mib=0.0),
       optimizer=dict(
           name='adafactor', microbatches=1, clip_global_norm=0.0,
           decay_rate=0.8, clipping_threshold=1.0,
@@ -121,10 +124,11 @@ def one_device():
   return run(dict(data=1))
 
 
-@pytest.mark.parametrize('sizes', [
-    dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_eight_devices_equal_one(one_device, sizes):
-  state, metrics = run(sizes)
+@pytest.mark.parametrize('sizes, overrides', [
+    (dict(data=8), {}), (dict(fsdp=8), CHUNKS),
+    (dict(data=2, fsdp=2, tensor=2), CHUNKS)], ids=str)
+def test_eight_devices_equal_one(one_device, sizes, overrides):
+  state, metrics = run(sizes, **overrides)
   for actual, expected in zip(metrics, one_device[1], strict=True):
     for name in expected:
       np.testing.assert_allclose(
@@ -153,7 +157,8 @@ def test_fsdp_splits_the_optimizer_like_the_parameters():
 
 
 def test_gradient_accumulation_equals_the_large_batch(one_device):
-  state, metrics = run(dict(data=2), **{'optimizer.microbatches': 4})
+  state, metrics = run(
+      dict(data=2), **{'optimizer.microbatches': 4}, **CHUNKS)
   for actual, expected in zip(metrics, one_device[1], strict=True):
     for name in ('loss', 'z_loss', 'accuracy', 'grad_norm'):
       np.testing.assert_allclose(
@@ -196,6 +201,77 @@ def test_loss_is_the_mean_over_all_target_tokens():
   _, metrics = run(dict(data=8), steps=1)
   np.testing.assert_allclose(
       metrics[0]['loss'], whole.loss_sum / whole.weight_sum, rtol=2e-5)
+
+
+def loss_gradient(model, chunk_mib):
+  """Sums of the loss and their gradient, as a function of params and batch."""
+  config = settings(**{'loss.chunk_mib': chunk_mib, 'loss.z_loss': 1e-2,
+                       'loss.label_smoothing': 0.1})
+
+  def loss_sum(params, batch):
+    sums = batch_loss(model, config.loss, params, batch)
+    return sums.loss_sum, sums
+
+  return jax.grad(loss_sum, has_aux=True)
+
+
+@pytest.mark.parametrize('tied, dtype', [
+    (False, 'float32'), (True, 'float32'), (False, 'bfloat16')])
+def test_chunked_loss_equals_the_whole(tied, dtype):
+  """On packed rows of 11 targets, in chunks of 4."""
+  model = LongT5ForConditionalGeneration(
+      dataclasses.replace(
+          CONFIG, num_layers=1, num_decoder_layers=1, tie_word_embeddings=tied,
+          encoder_attention_type='full'), jnp.dtype(dtype))
+  batch = {name: array[:, :11] if name.startswith('decoder') else array
+           for name, array in make_batch().items()}
+  params = random_params(model, jnp.asarray(batch['encoder_input_tokens']),
+                         jnp.asarray(batch['decoder_input_tokens']))
+  chunk = 4 * ROWS * 96 * 4 / 2**20
+  (expected, sums), (actual, chunked_sums) = jit(
+      lambda *arguments: [loss_gradient(model, size)(*arguments)
+                          for size in (0.0, chunk)])(params, batch)
+  for field, value in sums._asdict().items():
+    assert_close(getattr(chunked_sums, field), value, what=field)
+  if dtype == 'float32':
+    assert_trees_close(actual, expected)
+  else:  # What the decoder rounds may be rounded the other way.
+    assert_close(actual['decoder']['logits_dense']['kernel'],
+                 expected['decoder']['logits_dense']['kernel'])
+    assert relative_norm(actual, expected) < 1e-3
+
+
+def sizes_of_floats(jaxpr):
+  """The number of elements of every float array that a program computes."""
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      if jnp.issubdtype(variable.aval.dtype, jnp.floating):
+        yield variable.aval.size
+    for value in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from sizes_of_floats(inner)
+
+
+@pytest.mark.parametrize('chunk_mib, positions', [(16.0, 2), (0.0, TARGETS)])
+def test_logits_are_never_larger_than_a_chunk(chunk_mib, positions):
+  """mLongT5's vocabulary: all logits would take 94 MiB, the head 16."""
+  config = dataclasses.replace(
+      CONFIG, vocab_size=256384, d_model=16, num_layers=1,
+      num_decoder_layers=1)
+  model = LongT5ForConditionalGeneration(config)
+  batch = make_batch()
+  state = jax.eval_shape(lambda: init_state(
+      model, make_optimizer(settings().optimizer, lambda step: 1e-2), 0))
+  program = jax.make_jaxpr(loss_gradient(model, chunk_mib))(
+      state.params, batch)
+  largest = max(sizes_of_floats(program.jaxpr))
+  assert largest == ROWS * positions * 256384
+  if chunk_mib:
+    compiled = jit(loss_gradient(model, chunk_mib)).lower(
+        state.params, batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (
+        ROWS * TARGETS * 256384)
 
 
 def test_sum_normalization_keeps_the_published_gradient(one_device):

@@ -1,0 +1,1 @@
+"""What is fast: commands that print one JSON line a measurement."""

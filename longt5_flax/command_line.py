@@ -1,0 +1,54 @@
+"""What commands share: from a config file and overrides to a config, and a
+mistake of a command line as one line."""
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from longt5_flax.config import ConfigError
+
+# What reading a command line raises.
+MISTAKES = (flags.Error, KeyError, AttributeError, OSError)
+
+
+def one_line(error: Exception) -> str:
+  """Says one of MISTAKES as a person would.
+
+  Raises:
+    Exception: `error` itself, where a config file, which is a program, went
+      wrong.
+  """
+  text = str(error)
+  if isinstance(error, OSError):  # The last line says what could not be read.
+    text = text.rpartition('\n')[2]
+  elif isinstance(error, KeyError | AttributeError):  # From ml_collections.
+    if 'Error whilst parsing config file' in text:
+      raise error
+    key: object = error
+    while isinstance(key, Exception):
+      key = key.args[0]
+    text = f'no key {key}'.replace('\n', '. ')
+  return ' '.join(text.split())
+
+
+def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+  """The config of a file, locked, as `train.py --config=path` would have it.
+
+  Args:
+    path: of the file.
+    overrides: arguments `--config.KEY=VALUE`; the last of a key counts.
+
+  Raises:
+    ConfigError: the file cannot be read, or an override is wrong.
+  """
+  values = flags.FlagValues()
+  argv = ['', f'--config={path}', *overrides]
+  try:
+    holder = config_flags.DEFINE_config_file(
+        'config', lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+    holder.value.lock()  # Raises what went wrong when the file was read.
+    return holder.value
+  except MISTAKES as error:
+    raise ConfigError(one_line(error)) from None

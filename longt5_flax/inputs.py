@@ -1,0 +1,168 @@
+"""From a run's config to what it reads: vocabulary, batches, held-out rows."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.data.gap_sentences import GapSentenceOptions
+from longt5_flax.data.pipeline import (
+    Batch,
+    BatchIterator,
+    PipelineOptions,
+    fixed_batches,
+)
+from longt5_flax.data.prepared import (
+    PreparedDocuments,
+    settings_that_matter,
+)
+from longt5_flax.data.seqio_source import (
+    TaskBatches,
+    TaskVocabulary,
+    describe_task,
+    held_out_task_batches,
+    load_tasks,
+    open_task,
+    register_tasks,
+)
+from longt5_flax.data.sources import DataError, Documents, load_documents
+from longt5_flax.data.span_corruption import SpanCorruptionOptions
+from longt5_flax.data.vocabulary import Vocabulary
+from longt5_flax.training import run_config
+
+SOURCES = ('jsonl', 'text', 'arrayrecord', 'seqio')
+
+
+class Inputs(NamedTuple):
+  """What a run reads.
+
+  Attributes:
+    vocabulary: of its tokens.
+    batches: to train on, this process' rows of them.
+    held_out: batches, all rows of them; the same ones on every process.
+    description: of the corpus, for the user to read.
+  """
+  vocabulary: Vocabulary | TaskVocabulary
+  batches: BatchIterator | TaskBatches
+  held_out: list[Batch]
+  description: str
+
+
+def make_inputs(config: Any, model: LongT5Config, rows: Sequence[int],
+                shard: tuple[int, int]) -> Inputs:
+  """Opens everything that a run reads, and refuses what cannot be.
+
+  Args:
+    config: the run's.
+    model: the architecture.
+    rows: of each batch that this process is to make.
+    shard: which of how many parts of each batch they are.
+
+  Raises:
+    ConfigError, DataError: a setting that cannot be, a file that cannot be
+      read.
+  """
+  if config.data.source == 'seqio':
+    return _task_inputs(config, model, len(rows), shard)
+  vocabulary = Vocabulary(config.data.vocabulary, config.data.extra_ids)
+  run_config.check_vocabulary(vocabulary, model)
+  options = pipeline_options(config, model.global_block_size)
+  documents = load(config, config.data.path, vocabulary, options)
+  batches = BatchIterator(documents, vocabulary, options,
+                          config.data.batch_size, rows, config.data.workers)
+  held_out = held_out_batches(config, vocabulary, options)
+  return Inputs(vocabulary, batches, held_out, describe(documents))
+
+
+def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
+                 shard: tuple[int, int]) -> Inputs:
+  """What a run reads from seqio."""
+  data = config.data
+  options = pipeline_options(config, model.global_block_size)
+  tasks = load_tasks()
+  try:
+    register_tasks(data.vocabulary, data.extra_ids, data.tfds_name,
+                   data.tfds_dir, options)
+    task = open_task(data.task, data.module)
+    vocabulary = TaskVocabulary(task)
+    if data.vocabulary and data.vocabulary not in vocabulary.files:
+      raise ConfigError(
+          f'data.vocabulary={data.vocabulary} must be empty: task {data.task} '
+          f'has its own, {", ".join(vocabulary.files)}.')
+    run_config.check_vocabulary(
+        vocabulary, model, f'The vocabulary of task {data.task}')
+    batches = TaskBatches(task, options, num_rows, shard)
+    held_out = data.validation_split and held_out_task_batches(
+        task, data.validation_split, options, data.batch_size,
+        config.eval.max_batches)
+  except tasks.UnreachableError as error:
+    if data.task not in (*tasks.TASKS, tasks.MIXTURE):
+      raise
+    raise DataError(
+        f'{error}. --config.data.vocabulary=MODEL and --config.data.tfds_dir='
+        'DIR name local copies; --config.data.source=jsonl --config.data.path='
+        'FILES --config.data.vocabulary=MODEL trains on local text') from None
+  return Inputs(vocabulary, batches, held_out or [], describe_task(task))
+
+
+def held_out_batches(config: Any, vocabulary: Vocabulary,
+                     options: PipelineOptions) -> list[Batch]:
+  """The rows of data.validation_path, if there is one."""
+  if not config.data.validation_path:
+    return []
+  return fixed_batches(
+      load(config, config.data.validation_path, vocabulary, options),
+      vocabulary, options, config.data.batch_size, config.eval.max_batches)
+
+
+def pipeline_options(config: Any, global_block_size: int) -> PipelineOptions:
+  """What `config` asks of the input pipeline."""
+  data = config.data
+  return PipelineOptions(
+      objective=data.objective, inputs_length=data.inputs_length,
+      targets_length=data.targets_length, packing=data.packing,
+      long_documents=data.long_documents, global_block_size=global_block_size,
+      gap_sentences=gap_sentence_options(config.gap_sentences),
+      span_corruption=span_corruption_options(config.span_corruption),
+      seed=config.seed)
+
+
+def gap_sentence_options(settings: Any) -> GapSentenceOptions:
+  """What `config.gap_sentences` says."""
+  values = dict(settings)
+  for name in ('stop_words', 'probabilities'):
+    values[name] = tuple(values[name])
+  values['noise'] = values['noise'] or None
+  try:
+    return GapSentenceOptions(**values)
+  except ValueError as error:
+    raise ConfigError(f'gap_sentences.{error}') from None
+
+
+def span_corruption_options(settings: Any) -> SpanCorruptionOptions:
+  """What `config.span_corruption` says."""
+  try:
+    return SpanCorruptionOptions(**settings)
+  except ValueError as error:
+    raise ConfigError(f'span_corruption.{error}') from None
+
+
+def load(config: Any, path: str, vocabulary: Vocabulary,
+         options: PipelineOptions) -> Documents | PreparedDocuments:
+  """The documents at `path`."""
+  check_source(config.data.source)
+  if config.data.source == 'arrayrecord':
+    return PreparedDocuments(path, settings_that_matter(vocabulary, options))
+  return load_documents(path, config.data.source, field=config.data.field,
+                        on_bad_record=config.data.on_bad_record)
+
+
+def check_source(source: str) -> None:
+  """Refuses a `data.source` that does not exist."""
+  if source not in SOURCES:
+    raise DataError(f'{source=} must be one of {SOURCES}')
+
+
+def describe(documents: Documents | PreparedDocuments) -> str:
+  """How many documents, and what was left out."""
+  skipped = f' ({documents.skipped:,} bad records skipped)'
+  return f'{len(documents):,} documents' + skipped * bool(documents.skipped)

@@ -1,0 +1,78 @@
+"""Decoding step by step: what longt5_flax.generation asks of a model.
+
+`step` (with model and params bound) and `reorder` are its two functions.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class DecodingCache(NamedTuple):
+  """What the decoder remembers between steps.
+
+  Attributes:
+    encoder_segment_ids: 0 is padding.
+    encoded: keys and values of the encoder's output, [B, L, H, K]: one row for
+      each input, however many rows are decoded from it.
+    targets: those of the tokens so far, [rows, room, H, K], and their number.
+  """
+  encoder_segment_ids: Int[Array, 'B L']
+  encoded: dict[str, Any]
+  targets: dict[str, Any]
+
+
+def start(
+    model: nn.Module,
+    params: Any,
+    encoder_output: Float[Array, 'B L D'],
+    encoder_segment_ids: Int[Array, 'B L'],
+    room: int,
+    rows_per_input: int = 1,
+) -> DecodingCache:
+  """The cache before the first token.
+
+  Args:
+    model: LongT5ForConditionalGeneration.
+    params: its parameters.
+    encoder_output: from its `encode`.
+    encoder_segment_ids: 0 is padding.
+    room: the most tokens that `step` will be given; a sequence of n tokens
+      needs n - 1.
+    rows_per_input: rows = B * rows_per_input will be decoded, those of an
+      input standing together.
+  """
+  _, state = model.apply(
+      {'params': params}, encoder_output, room, rows_per_input,
+      method='init_cache', mutable=['encoded', 'cache'])
+  return DecodingCache(encoder_segment_ids, state['encoded'], state['cache'])
+
+
+def step(
+    model: nn.Module,
+    params: Any,
+    cache: DecodingCache,
+    tokens: Int[Array, 'rows T'],
+) -> tuple[Float[Array, 'rows V'], DecodingCache]:
+  """Float32 logits after the last token, and the cache with all of them."""
+  logits, state = model.apply(
+      {'params': params, 'encoded': cache.encoded, 'cache': cache.targets},
+      tokens, cache.encoder_segment_ids,
+      method='decode_step', mutable=['cache'])
+  return logits[:, -1], cache._replace(targets=state['cache'])
+
+
+def reorder(cache: DecodingCache, rows: Int[Array, 'rows']) -> DecodingCache:
+  """The cache in which row i continues what was row `rows[i]`.
+
+  A row must come from the same input.
+  """
+  # Stacked layers have one more axis, in front.
+  targets = jax.tree.map(
+      lambda leaf: leaf if leaf.ndim == 0 else jnp.take(
+          leaf, rows, axis=-4, mode='clip'),
+      cache.targets)
+  return cache._replace(targets=targets)

@@ -1,0 +1,50 @@
+"""Parameters that a run starts from: `config.init_from`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.interop.open import KINDS, open_tensors
+from longt5_flax.interop.same_model import check_same_model
+from longt5_flax.interop.tensors import load_params
+
+
+def check_spec(spec: str) -> None:
+  """Refuses an init_from that names no known kind of checkpoint.
+
+  Raises:
+    ConfigError: saying which there are.
+  """
+  kind, _, path = spec.partition(':')
+  if kind not in KINDS or not path:
+    known = ', '.join(f'{kind}:{what}' for kind, what in KINDS.items())
+    raise ConfigError(f'init_from={spec!r} must be one of {known}.')
+
+
+def initial_params(spec: str, config: LongT5Config,
+                   wanted: Any) -> tuple[Any, Sequence[str]]:
+  """Reads parameters, each process those that live on its devices.
+
+  Args:
+    spec: KIND:PATH.
+    config: the run's architecture. A T5X checkpoint, which holds none, is
+      taken to be of it.
+    wanted: shapes, dtypes and shardings; layers stacked or not.
+
+  Returns:
+    The parameters, and lines that say what was read.
+
+  Raises:
+    ConfigError: they cannot be read, do not fit the model, or would compute
+      something else in it.
+  """
+  kind, _, path = spec.partition(':')
+  try:
+    tensors = open_tensors(spec, config if kind in ('t5x', 't5') else None)
+    if tensors.config:
+      check_same_model(tensors.origin, tensors.config, config)
+    params = load_params(tensors, wanted)
+  except ConfigError as error:
+    message = str(error).removeprefix(f'{path}: ')
+    raise ConfigError(f'init_from={spec}: {message}') from None
+  return params, tensors.report
