@@ -11,15 +11,8 @@ Expect: nothing close to the published scores from a corpus smaller than C4 or
   from fewer steps. Not run to its end by us.
 """
 
-from configs import base
+from configs import c4
 
 
 def get_config():
-  config = base.get_config()
-  config.model.preset = 'full-base'
-  config.data.source = 'seqio'
-  config.data.task = 'longt5_c4_gap_sentences'
-  config.data.validation_split = 'validation'
-  config.eval.max_batches = 10
-  config.precision.remat = 'layer'
-  return config
+  return c4.get_config('full-base')

@@ -184,8 +184,8 @@ def _bar() -> Progress:
       transient=True, disable=not console.is_terminal)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; a user's mistake is one line and exit code 2."""
+def make_parser() -> argparse.ArgumentParser:
+  """The options that no config has."""
   parser = argparse.ArgumentParser(
       prog='python -m longt5_flax.prepare', allow_abbrev=False,
       description='Splits, tokenises and scores documents once.',
@@ -199,7 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                       help='processes; by default one a core')
   parser.add_argument('--shards', type=int, default=0, metavar='N',
                       help='files, at most; by default one for 8 MB of text')
-  arguments, overrides = parser.parse_known_args(argv)
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; a user's mistake is one line and exit code 2."""
+  arguments, overrides = make_parser().parse_known_args(argv)
   try:
     config = read_config(arguments.config, overrides)
     replaced = prepare(config, arguments.output, arguments.workers,

@@ -55,7 +55,7 @@ def metrics(workdir, split='train'):
   """The lines of metrics.jsonl, without what depends on the clock."""
   lines = [json.loads(line) for line in
            (Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
-  clock = ('per_second', 'mfu', 'memory')
+  clock = ('per_second', 'mfu', 'memory', 'input_wait')
   return [{key: value for key, value in line.items()
            if not any(word in key for word in clock)}
           for line in lines if line['split'] == split]

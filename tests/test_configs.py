@@ -15,7 +15,7 @@ from absl import flags
 
 import runs
 import tiny_runs
-from longt5_flax import convert
+from longt5_flax import convert, prepare
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.sweep_plan import read_plan
 from longt5_flax.training import partitioning, run_config
@@ -113,7 +113,7 @@ def test_released_sizes(name, millions):
   assert config.vocab_size == 32128
 
 
-@pytest.mark.parametrize('name', sorted(set(CONFIGS) - {'quickstart'}))
+@pytest.mark.parametrize('name', sorted(set(CONFIGS) - {'c4', 'quickstart'}))
 def test_published_settings(name):
   config = load(name)
   if name != 'base':
@@ -165,7 +165,11 @@ def problem(words):
     if words[1] == 'longt5_flax.sweep':
       return sweep_problem(*words[2:])
     if words[1] == 'longt5_flax.convert':
-      return convert_problem(*words[2:])
+      return parse_problem(convert.make_parser().parse_args, words[2:])
+    if words[1] == 'longt5_flax.prepare':
+      parse = prepare.make_parser().parse_known_args
+      return parse_problem(parse, words[2:]) or config_problem([
+          word for word in words[2:] if word.startswith('--config')])
     words = words[2:]
   else:
     if not (runs.ROOT / words[0]).is_file():
@@ -174,6 +178,10 @@ def problem(words):
       return None
     if not any(word.startswith('--config=') for word in words):
       return '--config is missing'
+  return config_problem(words)
+
+
+def config_problem(words):
   if not any(word.startswith('--config') for word in words):
     return None
   try:
@@ -187,11 +195,11 @@ def problem(words):
   return f'unknown {unknown}' if unknown else None
 
 
-def convert_problem(*arguments):
+def parse_problem(parse, arguments):
   if not arguments:  # The command's name, in a sentence.
     return None
   try:
-    convert.make_parser().parse_args(arguments)
+    parse(arguments)
   except SystemExit:
     return 'wrong arguments'
   return None
@@ -242,6 +250,9 @@ def test_there_are_commands_to_try():
     ('python -m longt5_flax.summarise x', 'no module longt5_flax.summarise'),
     ('python train.py', '--config is missing'),
     ('python -m longt5_flax.convert --from hf:x', 'wrong arguments'),
+    ('python -m longt5_flax.prepare --config=configs/base.py', 'wrong arguments'),
+    ('python -m longt5_flax.prepare --config=configs/base.py --output=x '
+     '--config.data.pth=y', 'pth'),
     ('python -m longt5_flax.sweep configs/sweeps/attention.py',
      "no sweep file 'configs/sweeps/attention.py'"),
 ])

@@ -181,7 +181,8 @@ def test_attention_implementation(tmp_path):
 
 
 @pytest.mark.parametrize('overrides, message', [
-    ({'data.objective': 'magic'}, r"objective='magic' must be one of \(.*\)"),
+    ({'data.objective': 'magic'},
+     r"objective='magic' must be one of \(.*\), or a mix such as '.*'"),
     ({'data.long_documents': 'all'},
      r"long_documents='all' must be one of \('cut', 'pieces'\)"),
     ({'data.source': 'csv'}, r"source='csv' must be one of \('jsonl', .*\)"),

@@ -118,6 +118,7 @@ def attend_blocks(
       'BNCHK,BNWHK->BNHCW', query, key, dtype, jnp.float32) + bias
   mask_BNCW = _same_segment(segments_BNC, segment_ids) & band_mask(block)
   if side is not None:
+    assert side_bias is not None
     side_scores = contract(
         'BNCHK,BGHK->BNHCG', query, side.key, dtype, jnp.float32) + side_bias
     scores = jnp.concatenate([scores, side_scores], axis=-1)

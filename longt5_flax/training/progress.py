@@ -36,7 +36,7 @@ class Meter:
     self._waited = 0.0
 
   def take(self, batches: Iterator[Any]) -> Any:
-    """The next of `batches`, and how long it was waited for."""
+    """The next of `batches`; counts how long that took."""
     start = time.perf_counter()
     batch = next(batches)
     self._waited += time.perf_counter() - start

@@ -1,9 +1,10 @@
-"""The Python in docs/api.md runs, from top to bottom."""
+"""The Python in docs/api.md and README.md runs, from top to bottom."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import golden
 from longt5_flax import (
@@ -34,16 +35,36 @@ def write_checkpoint(folder):
   Tokenizer(VOCABULARY / 'tiny.model').save_pretrained(folder)
 
 
-def test_api(tmp_path, monkeypatch, capsys):
+def run_page(name, blocks=slice(None)):
+  """What the program of those blocks of the page leaves."""
+  page = (REPOSITORY / name).read_text('utf-8')
+  found: dict = {}
+  program = re.findall(r'```python\n(.*?)```', page, re.DOTALL)[blocks]
+  exec(compile('\n'.join(program), name, 'exec'), found)
+  return found
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+  """A folder with what the pages read."""
   write_checkpoint(tmp_path / 'long-t5-tglobal-base')
   text = (VOCABULARY / 'owl_creek.txt').read_text('utf-8')
   (tmp_path / 'article.txt').write_text(text * 2, 'utf-8')
   monkeypatch.chdir(tmp_path)
-  page = (REPOSITORY / 'docs' / 'api.md').read_text('utf-8')
-  program = '\n'.join(re.findall(r'```python\n(.*?)```', page, re.DOTALL))
-  found: dict = {}
-  exec(compile(program, 'docs/api.md', 'exec'), found)
+
+
+@pytest.mark.usefixtures('in_folder')
+def test_api(capsys):
+  found = run_page('docs/api.md')
   assert found['output'].sequences.shape == (1, 512)
   assert np.all(np.isfinite(found['output'].scores))
   assert found['logits'].shape == (2, found['labels'].shape[1], 500)
+  assert capsys.readouterr().out
+
+
+@pytest.mark.usefixtures('in_folder')
+def test_readme(capsys):
+  """The block about weights; the next one takes minutes on a CPU."""
+  found = run_page('README.md', slice(1))
+  assert found['output'].sequences.shape == (1, 512)
   assert capsys.readouterr().out
