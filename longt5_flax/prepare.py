@@ -228,7 +228,7 @@ def _kept(overrides):
   """Without those that say where documents come from."""
   gone = [f'--config.data.{key}=' for key in (
       'source', 'path', 'validation_path', 'task', 'module', 'field',
-      'validation_split', 'on_bad_record')]
+      'validation_split', 'on_bad_record', 'tfds_name', 'tfds_dir')]
   return [each for each in overrides if not each.startswith(tuple(gone))]
 
 

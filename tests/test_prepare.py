@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import runs
+import train
 from longt5_flax import inputs, prepare
 from longt5_flax.command_line import read_config
 from longt5_flax.data.prepared import METADATA, UNFINISHED
@@ -150,6 +152,24 @@ def test_stopped_and_started_again(number, workers, tmp_path, reference):
   for path, stat in finished.items():
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (
         stat.st_ino, stat.st_mtime_ns)
+
+
+def test_run_writes_nothing_where_shards_are_not_its_own(tmp_path, reference):
+  """What train.py turns into its one line."""
+  cut = tmp_path / 'cut'
+  shutil.copytree(reference / 'train', cut)
+  shard = sorted(cut.glob('*.array_record'))[-1]
+  shard.write_bytes(shard.read_bytes()[:-1])
+  for folder, changes, message in (
+      (cut, {}, 'is cut off'),
+      (reference / 'train', {'data.extra_ids': 95}, 'data.vocabulary='),
+      (reference / 'train', {'gap_sentences.ngram': 2},
+       'gap_sentences.ngram=1, not 2')):
+    config = read_config(CONFIG, overrides(
+        data__source='arrayrecord', data__path=folder, **changes))
+    with pytest.raises(prepare.DataError, match=message):
+      train.main(config, str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
 
 
 def test_killed_worker_is_one_line(tmp_path, monkeypatch, capsys, reference):

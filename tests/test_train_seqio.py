@@ -15,6 +15,7 @@ from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.inputs import make_inputs
+from longt5_flax.prepare import prepare
 from longt5_flax.training import run_config
 from tfds_corpus import write_c4
 
@@ -181,6 +182,37 @@ def read(overrides):
                        range(config.data.batch_size), (0, 1))
   with inputs.batches as batches:
     return next(batches), inputs.held_out
+
+
+def test_task_is_prepared_as_files_are(settings, documents, tmp_path, capsys):
+  """The shards are those of the same documents in JSON lines, to the byte."""
+  config = tiny_runs.tiny(settings | {
+      'data.task': 'longt5_c4_gap_sentences',
+      'data.validation_split': 'validation'})
+  overrides = prepare(config, str(tmp_path / 'task'), 1, 0)
+  assert capsys.readouterr().out == (
+      f'{tmp_path}/task/train: 50 documents in 1 shard\n'
+      f'{tmp_path}/task/validation: 10 documents in 1 shard\n')
+  assert overrides == [
+      '--config.data.source=arrayrecord',
+      f'--config.data.path={tmp_path}/task/train',
+      f'--config.data.validation_path={tmp_path}/task/validation']
+  paths = {}
+  for key, part in (('data.path', documents[10:]),
+                    ('data.validation_path', documents[:10])):
+    paths[key] = str(tmp_path / f'{key}.jsonl')
+    with open(paths[key], 'w', encoding='utf-8') as file:
+      file.writelines(json.dumps({'text': text}) + '\n' for text in part)
+  prepare(tiny_runs.tiny({
+      'data.vocabulary': VOCABULARY,
+      'data.extra_ids': settings['data.extra_ids'], **paths}),
+          str(tmp_path / 'files'), 1, 0)
+  found = [path.relative_to(tmp_path / 'files')
+           for path in (tmp_path / 'files').glob('*/*')]
+  assert len(found) == 4
+  for path in found:
+    assert (tmp_path / 'task' / path).read_bytes() == (
+        tmp_path / 'files' / path).read_bytes()
 
 
 def test_options_reach_the_tasks(settings):

@@ -140,8 +140,11 @@ def read_metadata(folder: str) -> dict[str, Any]:
     with open(path, encoding='utf-8') as file:
       metadata = json.load(file)
   except (FileNotFoundError, NotADirectoryError):
+    train = os.path.join(folder, 'train')
+    found = os.path.exists(os.path.join(train, METADATA))
     raise DataError(f'{folder} is no folder that longt5_flax.prepare has '
-                    f'finished: it has no {METADATA}') from None
+                    f'finished: it has no {METADATA}'
+                    + f'; {train} has one' * found) from None
   except OSError as error:
     raise DataError(f'cannot read {path}: {error.strerror}') from None
   except ValueError as error:

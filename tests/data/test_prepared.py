@@ -286,6 +286,9 @@ def test_folder_that_is_none(prepared, tmp_path):
     assert refusal(path, options) == (
         f'{path} is no folder that longt5_flax.prepare has finished: it has no '
         f'{METADATA}')
+  assert prepared.name == 'train'
+  assert refusal(prepared.parent, options).endswith(
+      f'it has no {METADATA}; {prepared} has one')
   folder.mkdir()
   metadata = json.loads((prepared / METADATA).read_text())
   (folder / f'{METADATA}{UNFINISHED}').write_text(json.dumps(metadata))
