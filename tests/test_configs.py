@@ -250,7 +250,8 @@ def test_there_are_commands_to_try():
     ('python -m longt5_flax.summarise x', 'no module longt5_flax.summarise'),
     ('python train.py', '--config is missing'),
     ('python -m longt5_flax.convert --from hf:x', 'wrong arguments'),
-    ('python -m longt5_flax.prepare --config=configs/base.py', 'wrong arguments'),
+    ('python -m longt5_flax.prepare --config=configs/base.py',
+     'wrong arguments'),
     ('python -m longt5_flax.prepare --config=configs/base.py --output=x '
      '--config.data.pth=y', 'pth'),
     ('python -m longt5_flax.sweep configs/sweeps/attention.py',

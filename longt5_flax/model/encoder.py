@@ -14,6 +14,7 @@ from longt5_flax.model.attention import (
     local_attention,
 )
 from longt5_flax.model.chunked_attention import chunked_attention
+from longt5_flax.model.fused_attention import fused_attention
 from longt5_flax.model.global_tokens import (
     GlobalBlocks,
     assign_global_blocks,
@@ -78,8 +79,10 @@ class EncoderAttention(Projections):
     if self.attention == 'reference':
       output, weights = local_attention(*inputs)
       self.sow('intermediates', 'weights', weights)
-    else:
+    elif self.attention == 'chunked':
       output = chunked_attention(*inputs)
+    else:
+      output = fused_attention(*inputs)
     return self.project_out(output)
 
   def _globals(self, x, context, deterministic):

@@ -21,7 +21,7 @@ from longt5_flax.model.encoder import Encoder
 from longt5_flax.model.inputs import flexible_inputs
 from longt5_flax.model.layers import REMAT_POLICIES, Embed
 
-ATTENTION_IMPLEMENTATIONS = ('reference', 'chunked')
+ATTENTION_IMPLEMENTATIONS = ('reference', 'chunked', 'fused')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 

@@ -2,6 +2,7 @@
 all gradients, on random inputs and layouts."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,18 @@ import numpy as np
 import pytest
 
 import golden
+from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
+from longt5_flax.config import ConfigError
+from longt5_flax.model import encoder
 from longt5_flax.model.attention import GlobalTokens, local_attention
 from longt5_flax.model.chunked_attention import chunked_attention
+from longt5_flax.model.fused_attention import fused_attention
 from longt5_flax.model.global_tokens import (
     assign_global_blocks,
     segment_positions,
 )
 from longt5_flax.model.relative_position import bucket_reach
+from longt5_flax.training import partitioning
 
 HEADS, HEAD_SIZE = 2, 8
 # Row lengths: no multiple of a block; segments that end anywhere, one token
@@ -23,7 +29,12 @@ HEADS, HEAD_SIZE = 2, 8
 LAYOUTS = {
     'padded': [[100], [41], [3]],
     'packed': [[50, 3, 20, 1, 19], [1, 99], [16, 16, 32]],
+    'long': [[701], [300, 100, 2, 250]],  # Most global tokens are beyond reach.
 }
+# The length of rows, and of a tile of fused attention.
+SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64)}
+fused = functools.partial(fused_attention, interpret=True)
+on_gpu = pytest.mark.gpu
 
 
 def segments(rows, length):
@@ -33,24 +44,25 @@ def segments(rows, length):
   return jnp.asarray(ids)
 
 
-def random_inputs(segment_ids, radius, block_size, reach, seed=0):
+def random_inputs(segment_ids, radius, block_size, reach,
+                  shape=(HEADS, HEAD_SIZE)):
   """Everything that has a gradient, and `with_rest`, which makes the arguments
   of an implementation of them."""
   batch, length = segment_ids.shape
-  keys = iter(jax.random.split(jax.random.key(seed), 8))
+  keys = iter(jax.random.split(jax.random.key(0), 8))
 
   def normal(*shape):
     return jax.random.normal(next(keys), shape)
 
-  arrays = {name: normal(batch, length, HEADS, HEAD_SIZE)
+  arrays = {name: normal(batch, length, *shape)
             for name in ('query', 'key', 'value')}
-  arrays['bias'] = normal(HEADS, 2 * radius + 1)
+  arrays['bias'] = normal(shape[0], 2 * radius + 1)
   if block_size:
     blocks = assign_global_blocks(
         segment_ids, segment_positions(segment_ids), block_size)
-    shape = (*blocks.segment_ids.shape, HEADS, HEAD_SIZE)
-    arrays |= {'side_key': normal(*shape), 'side_value': normal(*shape),
-               'side_bias': normal(HEADS, 2 * reach + 1)}
+    side = (*blocks.segment_ids.shape, *shape)
+    arrays |= {'side_key': normal(*side), 'side_value': normal(*side),
+               'side_bias': normal(shape[0], 2 * reach + 1)}
 
   def with_rest(arrays):
     side = None
@@ -68,6 +80,11 @@ def reference(*inputs):
   return local_attention(*inputs)[0]
 
 
+def in_dtype(dtype, with_rest):
+  """`with_rest` for matrix products in another dtype."""
+  return lambda arrays: (*with_rest(arrays)[:-1], dtype)
+
+
 def values_and_gradients(attend, arrays, with_rest, segment_ids):
   """At real positions: what is at padding, implementations differ in."""
   real = (segment_ids > 0)[..., None, None]
@@ -82,7 +99,7 @@ def values_and_gradients(attend, arrays, with_rest, segment_ids):
 
 
 @pytest.mark.parametrize('block_size', [0, 4])
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('layout', ['padded', 'packed'])
 def test_chunked_equals_reference(layout, block_size):
   """In chunks of several blocks, the last one not full; the side bias
   saturates within the row."""
@@ -94,6 +111,133 @@ def test_chunked_equals_reference(layout, block_size):
   golden.assert_trees_close(
       values_and_gradients(chunked, arrays, with_rest, segment_ids),
       values_and_gradients(reference, arrays, with_rest, segment_ids))
+
+
+@pytest.mark.parametrize('layout, radius, block_size, reach', [
+    ('padded', 7, 0, 6), ('padded', 30, 4, 6), ('packed', 7, 4, 6),
+    ('packed', 15, 16, 2), ('long', 7, 4, 6), ('long', 20, 2, 40)])
+def test_fused_equals_reference(layout, radius, block_size, reach):
+  """A radius below and above a tile; reach within a tile and beyond; blocks as
+  long as a tile."""
+  length, tile = SIZES[layout]
+  segment_ids = segments(LAYOUTS[layout], length)
+  arrays, with_rest = random_inputs(segment_ids, radius, block_size, reach)
+  golden.assert_trees_close(
+      values_and_gradients(functools.partial(fused, tile=tile), arrays,
+                           with_rest, segment_ids),
+      values_and_gradients(reference, arrays, with_rest, segment_ids))
+
+
+def check_rounding(attend, dtype, arrays, with_rest, segment_ids):
+  """As close to float32 as operands in that dtype allow."""
+  exact = values_and_gradients(reference, arrays, with_rest, segment_ids)
+  narrow = values_and_gradients(
+      attend, arrays, in_dtype(dtype, with_rest), segment_ids)
+  rounding = float(jnp.finfo(dtype).eps)
+  for name, value in exact.items():
+    error = float(np.linalg.norm(narrow[name] - value) / np.linalg.norm(value))
+    # That it is there shows that the dtype was used.
+    assert rounding / 8 < error < 8 * rounding, f'{name}: {error:.3g}'
+
+
+def test_fused_rounds_as_bfloat16_does():
+  segment_ids = segments(LAYOUTS['packed'], 100)
+  arrays, with_rest = random_inputs(segment_ids, 7, 4, 6)
+  check_rounding(functools.partial(fused, tile=16), jnp.bfloat16, arrays,
+                 with_rest, segment_ids)
+
+
+def test_fused_on_a_mesh():
+  """Rows and heads on devices of their own, and a row that is split."""
+  segment_ids = segments(LAYOUTS['packed'] + LAYOUTS['padded'][:1], 100)
+  arrays, with_rest = random_inputs(segment_ids, 7, 4, 6)
+  attend = functools.partial(fused, tile=16)
+  expected = values_and_gradients(attend, arrays, with_rest, segment_ids)
+  mesh = partitioning.make_mesh(
+      {'data': 2, 'fsdp': 1, 'tensor': 2, 'sequence': 2}, jax.devices())
+  with partitioning.active(mesh):
+    actual = values_and_gradients(attend, arrays, with_rest, segment_ids)
+  golden.assert_trees_close(actual, expected)
+
+
+def test_in_the_model(monkeypatch):
+  """Gradients of stacked, recomputed layers with dropout."""
+  monkeypatch.setattr(encoder, 'fused_attention', fused)
+  config = LongT5Config(
+      vocab_size=50, d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=2,
+      local_radius=7, global_block_size=4, dropout_rate=0.3,
+      encoder_attention_type='transient-global',
+      feed_forward_proj='gated-gelu')
+  segment_ids = segments(LAYOUTS['packed'], 100)
+  tokens = jax.random.randint(jax.random.key(0), segment_ids.shape, 2, 50)
+  tokens = jnp.where(segment_ids > 0, tokens, 0)
+
+  def model(attention):
+    return LongT5ForConditionalGeneration(
+        config, scan_layers=True, remat='layer', attention=attention)
+
+  def loss(params, attention):
+    logits = model(attention).apply(
+        {'params': params}, tokens, tokens[:, :12], segment_ids,
+        decoder_segment_ids=segment_ids[:, :12], deterministic=False,
+        rngs={'dropout': jax.random.key(1)})
+    return jnp.mean(jnp.square(logits))
+
+  params = golden.random_params(
+      model('reference'), tokens, tokens[:, :12])
+  gradient = golden.jit(jax.grad(loss), static_argnums=1)
+  expected = gradient(params, 'reference')
+  for attention in ('chunked', 'fused'):
+    golden.assert_trees_close(gradient(params, attention), expected)
+
+
+def real_size(length=4096, rows=((4096,), (1500, 3, 1000, 700))):
+  """Twelve heads as of base, radius and reach as published."""
+  segment_ids = segments(rows, length)
+  return segment_ids, *random_inputs(
+      segment_ids, 127, 16, bucket_reach(32, 128), shape=(12, 64))
+
+
+def test_fused_is_compiled_for_cuda():
+  """As far as that goes without a GPU: to Triton's language."""
+  _, arrays, with_rest = real_size()
+  inputs = in_dtype(jnp.bfloat16, with_rest)
+  compiled = jax.jit(jax.grad(
+      lambda arrays: jnp.sum(fused_attention(*inputs(arrays)))))
+  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+    lowered = compiled.trace(arrays).lower(lowering_platforms=('cuda',))
+  for kernel in ('forward', 'backward_query', 'backward_key', 'backward_side',
+                 'backward_local_bias'):
+    assert f'longt5_attention_{kernel}' in lowered.as_text()
+
+
+def test_fused_needs_a_gpu():
+  segment_ids = segments([[8]], 8)
+  arrays, with_rest = random_inputs(segment_ids, 1, 0, 0)
+  with pytest.raises(ConfigError, match="needs an NVIDIA GPU, not 'cpu'"):
+    fused_attention(*with_rest(arrays))
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_fused_on_a_gpu(dtype):
+  segment_ids, arrays, with_rest = real_size()
+  if dtype == jnp.float32:
+    golden.assert_trees_close(
+        values_and_gradients(fused_attention, arrays, with_rest, segment_ids),
+        values_and_gradients(reference, arrays, with_rest, segment_ids))
+  else:
+    check_rounding(fused_attention, dtype, arrays, with_rest, segment_ids)
+
+
+@on_gpu
+def test_fused_is_deterministic():
+  segment_ids, arrays, with_rest = real_size()
+  inputs = in_dtype(jnp.bfloat16, with_rest)
+  first, second = (values_and_gradients(
+      fused_attention, arrays, inputs, segment_ids) for _ in range(2))
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, second[name], name)
 
 
 def test_reach_of_t5s_buckets():

@@ -1,0 +1,309 @@
+"""Local and transient-global attention in GPU kernels that keep no scores.
+
+Forward and backward hold one tile of scores at a time, on the chip; biases are
+made inside from their vectors over offsets, and their gradients summed tile by
+tile (`fused_kernels`). Results do not depend on the order in which programs
+run.
+
+Products take their operands in the compute dtype and sum in float32. For
+float16 operands are TF32 numbers, of the same precision and the exponents of
+float32, so that nothing overflows.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from longt5_flax.config import ConfigError
+from longt5_flax.model import fused_kernels as kernels
+from longt5_flax.model.attention import GlobalTokens
+from longt5_flax.model.fused_kernels import LOG2_E, MASKED, Geometry
+from longt5_flax.model.relative_position import toeplitz
+
+# Programs that share the work of one tile in the backward pass, where there
+# are few tiles and each has much to do.
+_PARTS = 8
+
+
+def fused_attention(
+    query: Float[Array, 'B L H K'],
+    key: Float[Array, 'B L H K'],
+    value: Float[Array, 'B L H K'],
+    bias: Float[Array, 'H offsets'],
+    segment_ids: Int[Array, 'B L'],
+    side: GlobalTokens | None,
+    dtype: DTypeLike,
+    tile: int = 64,
+    interpret: bool = False,
+) -> Float[Array, 'B L H K']:
+  """What `local_attention` attends to; zeros at padding.
+
+  Memory is linear in L. Under a mesh each device attends with its rows and
+  heads; a length that is split is gathered.
+
+  Args:
+    query, key, value, bias, segment_ids, side, dtype: see `local_attention`.
+    tile: tokens of a tile; a power of two, 16 or more.
+    interpret: run on any device, slowly, for tests.
+
+  Raises:
+    ConfigError: the device is no GPU.
+  """
+  if not interpret and jax.default_backend() != 'gpu':
+    raise ConfigError("attention='fused' needs an NVIDIA GPU, not "
+                      f'{jax.default_backend()!r}.')
+  arrays = () if side is None else side[:-1]
+  attend = partial(
+      _attend, block_size=None if side is None else side.block_size,
+      dtype=dtype, tile=tile, interpret=interpret)
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    rows = _mesh_axes(mesh, 'batch', query.shape[0])
+    heads = _mesh_axes(mesh, 'joined_kv', query.shape[2])
+    tokens = PartitionSpec(rows, None, heads)
+    ids, table = PartitionSpec(rows), PartitionSpec(heads)
+    sides = (tokens, tokens, table, ids, ids) if arrays else ()
+    attend = jax.shard_map(
+        attend, mesh=mesh, out_specs=tokens, check_vma=False,
+        in_specs=(tokens, tokens, tokens, table, ids, *sides))
+  return attend(query, key, value, bias, segment_ids, *arrays)
+
+
+def _mesh_axes(mesh, name, size):
+  """The mesh axes that split a logical axis; None where they cannot."""
+  spec = nn.logical_to_mesh_axes((name,)) or PartitionSpec(None)
+  axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+  parts = math.prod(mesh.shape[axis] for axis in axes)
+  return axes if axes and size % parts == 0 else None
+
+
+def _attend(query, key, value, bias, segment_ids, *side, block_size, dtype,
+            tile, interpret):
+  """`fused_attention` on one device."""
+  _, length, _, size = query.shape
+  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+  fill = max(16, 1 << (size - 1).bit_length()) - size
+
+  def prepare(x, multiple=1):
+    return jnp.pad(x.astype(operand), (
+        (0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, fill)))
+
+  rows = near = reach = 0
+  layout = None
+  segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % tile)))
+  if side:
+    side_key, side_value, side_bias, side_segments, block_ids = side
+    reach = side_bias.shape[1] // 2
+    blocks = tile // block_size + 2  # That tokens of a tile may be in.
+    rows = max(16, 1 << (blocks - 1).bit_length())
+    near = 2 * reach - 2 + blocks
+    near += -near % tile
+  geometry = Geometry(
+      tile, -(-(bias.shape[1] // 2) // tile), rows, near,
+      jax.lax.Precision.DEFAULT if dtype == jnp.float16 else
+      jax.lax.Precision.HIGHEST, interpret)
+  if side:
+    layout = _layout(geometry, reach, segment_ids, side_segments, block_ids)
+    side = prepare(side_key), prepare(side_value), side_bias
+  output = _fused(
+      geometry, *(prepare(x, tile) for x in (query, key, value)), bias,
+      segment_ids, layout, side)
+  return output[:, :length, :, :size].astype(query.dtype)
+
+
+class _Layout(NamedTuple):
+  """How tiles of tokens and of global tokens lie to each other.
+
+  Attributes:
+    segment_ids: of the global tokens, whole tiles.
+    rows, spans: see `kernels.Globals`.
+    bounds, firsts: see `kernels.GlobalTiles`.
+  """
+  segment_ids: Int[Array, 'B S']
+  rows: Int[Array, 'B L']
+  spans: Int[Array, 'B tiles 3']
+  bounds: Int[Array, 'B side_tiles 4']
+  firsts: Int[Array, 'B tiles']
+
+
+def _layout(geometry, reach, segment_ids, side_segments, block_ids):
+  tile = geometry.tile
+  batch, num_globals = side_segments.shape
+  block_ids = jnp.pad(
+      block_ids, ((0, 0), (0, segment_ids.shape[1] - block_ids.shape[1])),
+      constant_values=-1).reshape(batch, -1, tile)
+  # First and last block of each query tile, those before it where it has none:
+  # both never decrease.
+  lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
+  own = block_ids >= 0
+  firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
+  rows = jnp.where(own, block_ids - firsts[..., None], -1)
+
+  least, most = _segment_range(segment_ids.reshape(batch, -1, tile))
+  side_ids = side_segments[:, None]
+  seen = (least[..., None] <= side_ids) & (side_ids <= most[..., None])
+  first_seen, end_seen = _run(seen)
+  window = firsts - (reach - 1)
+  before = jnp.maximum(window - first_seen, 0)
+  behind = jnp.maximum(end_seen - (window + geometry.near), 0)
+  spans = jnp.stack([
+      window + _pads(geometry, reach)[0], -(-before // tile), -(-behind // tile)
+  ], axis=-1)
+
+  side_segments = jnp.pad(side_segments, ((0, 0), (0, -num_globals % tile)))
+  side_least, side_most = _segment_range(
+      side_segments.reshape(batch, -1, tile))
+  sees = (side_least[..., None] <= most[:, None]) & (
+      least[:, None] <= side_most[..., None])
+  starts = jnp.arange(0, side_segments.shape[1], tile)[:, None]
+  near = jnp.sum(lasts[:, None] + reach <= starts, axis=2)
+  far = jnp.sum(firsts[:, None] < starts + tile - 1 + reach, axis=2)
+  first, end = _run(sees)
+  bounds = jnp.stack([first, near, far, end], axis=-1)
+  return _Layout(side_segments, rows.reshape(batch, -1), spans, bounds, firsts)
+
+
+def _segment_range(segment_ids):
+  """Least and greatest segment in each tile; what lies between is nothing if
+  there is padding alone."""
+  largest = jnp.iinfo(segment_ids.dtype).max
+  real = jnp.where(segment_ids > 0, segment_ids, largest)
+  return jnp.min(real, axis=2), jnp.max(segment_ids, axis=2)
+
+
+def _run(flags):
+  """First and end, along the last axis, of what contains all that is true."""
+  index = jnp.arange(flags.shape[-1])
+  end = jnp.max(jnp.where(flags, index + 1, 0), axis=-1)
+  return jnp.min(jnp.where(flags, index, end[..., None]), axis=-1), end
+
+
+def _pads(geometry, reach):
+  """Global tokens to add before and behind, so that every tile that is read
+  lies within."""
+  return (max(geometry.tile, reach - 1),
+          max(geometry.tile, geometry.near - reach))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(geometry, query, key, value, bias, segment_ids, layout, side):
+  return _fused_forward(
+      geometry, query, key, value, bias, segment_ids, layout, side)[0]
+
+
+def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
+                   side):
+  tokens = kernels.Tokens(
+      query, key, value, segment_ids,
+      _banded(geometry, bias.shape[1] // 2, _local_tiles(geometry, bias)))
+  output, lse = kernels.forward(
+      geometry, tokens, _globals(geometry, layout, side))
+  return output, (tokens, bias, layout, side, output, lse)
+
+
+def _fused_backward(geometry, residuals, gradient):
+  tokens, bias, layout, side, output, lse = residuals
+  delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
+  rows = kernels.Rows(gradient, lse, delta)
+  arrays = _globals(geometry, layout, side)
+  d_query, *d_rows = kernels.backward_query(geometry, tokens, arrays, rows)
+  d_key, d_value = kernels.backward_key(geometry, tokens, rows)
+  d_tiles = kernels.backward_local_bias(geometry, tokens, rows, _PARTS)
+  d_bias, = jax.linear_transpose(partial(_local_tiles, geometry), bias)(
+      jnp.sum(d_tiles, axis=(0, 1)))
+  d_side = ()
+  if side:
+    d_side = _side_backward(
+        geometry, tokens, arrays, layout, side, rows, d_rows)
+  return d_query, d_key, d_value, d_bias, None, None, d_side
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
+  key, value, bias = side
+  num_globals, reach = key.shape[1], bias.shape[1] // 2
+  fill = layout.segment_ids.shape[1] - num_globals
+  key, value = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
+                for x in (key, value))
+  # Offsets of a tile's first global token to the rows of a near query tile.
+  shift = reach + geometry.tile + geometry.rows
+  offsets = jnp.arange(-shift, reach + 2 * geometry.rows)
+  index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
+  tiles = kernels.GlobalTiles(
+      key, value, layout.segment_ids, layout.bounds, layout.firsts,
+      _split(geometry, key.dtype, bias[:, index + reach]))
+  d_key, d_value = (
+      jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
+      for x in kernels.backward_side(
+          geometry, tokens, arrays, tiles, shift, rows, _PARTS))
+  d_near, d_far = (jnp.sum(x, axis=(0, 2)) for x in d_rows)
+  d_bias, = jax.linear_transpose(partial(_near_rows, geometry), bias)(d_near)
+  d_bias = d_bias.at[:, 0].add(d_far[:, 0]).at[:, -1].add(d_far[:, 1])
+  return d_key, d_value, d_bias
+
+
+def _local_tiles(geometry, bias):
+  """[H, local_tiles, tile, tile]: of each key tile relative to the query's, 0
+  beyond the radius."""
+  tile, reach = geometry.tile, geometry.reach_tiles
+  radius = bias.shape[1] // 2
+  end = (reach + 1) * tile - 1  # The largest offset.
+  values = jnp.pad(bias, ((0, 0), (end - radius, end - radius)))
+  tiles = toeplitz(values, tile, geometry.local_tiles * tile)
+  return tiles.reshape(-1, tile, geometry.local_tiles, tile).swapaxes(1, 2)
+
+
+def _near_rows(geometry, bias):
+  """[H, rows, near]: in row r the biases of the near window, which begins
+  reach - 1 before the block of row 0, towards block r."""
+  reach = bias.shape[1] // 2
+  values = jnp.pad(
+      bias, ((0, 0), (geometry.rows - 2, geometry.near - 2 * reach)),
+      mode='edge')
+  return toeplitz(values, geometry.rows, geometry.near)
+
+
+def _globals(geometry, layout, side):
+  if not side:
+    return None
+  key, value, bias = side
+  pads = _pads(geometry, bias.shape[1] // 2)
+  key, value = (jnp.pad(x, ((0, 0), pads, (0, 0), (0, 0)))
+                for x in (key, value))
+  num_globals = side[0].shape[1]
+  segment_ids = jnp.pad(layout.segment_ids[:, :num_globals], ((0, 0), pads))
+  bias = bias.astype(jnp.float32)
+  return kernels.Globals(
+      key, value, segment_ids, layout.rows, layout.spans,
+      _split(geometry, key.dtype, _near_rows(geometry, bias)),
+      jnp.stack([bias[:, 0], bias[:, -1]], axis=1) * LOG2_E)
+
+
+def _banded(geometry, radius, tiles):
+  """In base 2, with what lies beyond the radius hidden."""
+  tile = np.arange(geometry.tile)
+  relative = np.arange(geometry.local_tiles) - geometry.reach_tiles
+  offsets = (relative[:, None, None] * geometry.tile + tile
+             - tile[:, None])
+  return jnp.where(np.abs(offsets) <= radius, tiles * LOG2_E, MASKED)
+
+
+def _split(geometry, dtype, bias):
+  """[parts, ...] in base 2: the bias as a sum of numbers that products of
+  operands keep exactly."""
+  bias = bias.astype(jnp.float32) * LOG2_E
+  if dtype == jnp.float32 and geometry.precision == jax.lax.Precision.HIGHEST:
+    return bias[None]
+  # As bfloat16; a pair of casts XLA would take out.
+  high = jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7)
+  return jnp.stack([high, bias - high]).astype(dtype)

@@ -1,0 +1,588 @@
+"""The GPU kernels of fused attention, through Pallas' Triton backend.
+
+Long because forward and backward share one geometry: tiles of tokens, tiles of
+global tokens around them, and biases by offset. `fused_attention` says what
+they compute. Scores are in base 2: exp2 is the instruction that GPUs have.
+
+A query tile meets three kinds of key tiles:
+
+  local   the tiles whose tokens may lie within the radius. The bias of each
+          relative tile is a dense Toeplitz tile with the band cut out.
+  near    global tokens within reach, in a window that begins at the same
+          offset from the first block of every query tile; so one tile of
+          biases, [rows, near], serves all, spread to tokens by a product with
+          a one-hot matrix of the row (block) that each token is in.
+  far     global tokens beyond reach on either side: one number a side.
+
+No two programs add to one address, so results do not depend on their order.
+
+`Tokens`, `Globals`, `GlobalTiles` and `Rows` hold arrays outside of kernels,
+their references inside, and in between how arrays are cut for a grid.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+LOG2_E = 1.4426950408889634
+# Of what the band or the segments hide. Finite: a difference of two is 0.
+MASKED = -1e30
+_STAGES = 2
+_WARPS = 4
+
+
+class Geometry(NamedTuple):
+  """What is known when a kernel is compiled.
+
+  Attributes:
+    tile: tokens, and global tokens, of a tile.
+    reach_tiles: local key tiles on either side of a query tile's own.
+    rows: of the one-hot matrices.
+    near: global tokens of the near window; 0 without global tokens.
+    precision: of products of float32 operands.
+    interpret: run on any device, slowly.
+  """
+  tile: int
+  reach_tiles: int
+  rows: int
+  near: int
+  precision: jax.lax.Precision
+  interpret: bool
+
+  @property
+  def local_tiles(self) -> int:
+    return 2 * self.reach_tiles + 1
+
+
+class Tokens(NamedTuple):
+  """Tokens and their biases, as the kernels take them; L whole tiles.
+
+  Attributes:
+    query, key, value: [B, L, H, K].
+    segment_ids: [B, L], 0 is padding.
+    bias: [H, local_tiles, tile, tile] in base 2, the band cut out.
+  """
+  query: Any
+  key: Any
+  value: Any
+  segment_ids: Any
+  bias: Any
+
+
+class Globals(NamedTuple):
+  """Global tokens and their biases, as the kernels take them.
+
+  Attributes:
+    key, value: [B, P, H, K], padded on both sides so that no window leaves it.
+    segment_ids: [B, P], 0 is none.
+    rows: [B, L], which row of its tile's one-hot matrix a token has; -1: none.
+    spans: [B, L / tile, 3]: where the near window of a query tile begins in P,
+      and how many far tiles lie before and behind it.
+    near_bias: [parts, H, rows, near], whose parts add up.
+    far_bias: [H, 2], before and behind.
+  """
+  key: Any
+  value: Any
+  segment_ids: Any
+  rows: Any
+  spans: Any
+  near_bias: Any
+  far_bias: Any
+
+
+class GlobalTiles(NamedTuple):
+  """The global tokens once more, as `backward_side` goes through them.
+
+  Attributes:
+    key, value: [B, S, H, K], whole tiles.
+    segment_ids: [B, S].
+    bounds: [B, S / tile, 4]: of the query tiles that a tile is seen by, from
+      the first to the last: where those begin to which it is far behind, near,
+      far before, and where they end.
+    firsts: [B, L / tile], the block that has row 0 in a query tile.
+    bias: [parts, H, offsets, tile]: row o is the bias at offsets from
+      o - shift on, where `shift` is an argument.
+  """
+  key: Any
+  value: Any
+  segment_ids: Any
+  bounds: Any
+  firsts: Any
+  bias: Any
+
+
+def _dot(geometry, a, b):
+  if geometry.interpret:  # Not every CPU has products of bfloat16; exact.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jax.lax.dot(a, b, precision=geometry.precision,
+                     preferred_element_type=jnp.float32)
+
+
+def _at(index, size):
+  """The index-th run of `size` elements."""
+  return pl.ds(pl.multiple_of(index * size, size), size)
+
+
+def _scores(geometry, query, key, bias, query_segments, key_segments):
+  scores = _dot(geometry, query, key.T) * LOG2_E + bias
+  same = query_segments[:, None] == key_segments[None, :]
+  return jnp.where(same, scores, MASKED)
+
+
+def _one_hot(geometry, rows, dtype):
+  columns = jax.lax.broadcasted_iota(
+      jnp.int32, (geometry.tile, geometry.rows), 1)
+  return (rows[:, None] == columns).astype(dtype)
+
+
+def _spread(geometry, one_hot, parts):
+  """[tile, tile]: the bias of each token's row."""
+  return sum(_dot(geometry, one_hot, part) for part in parts)
+
+
+def _far(rows, bias):
+  """[tile, 1]: one number for all global tokens; 0 without a block."""
+  return jnp.where(rows >= 0, bias, 0.0)[:, None]
+
+
+class _Side(NamedTuple):
+  """One query tile's view of the global tokens, inside a kernel."""
+  refs: Globals
+  rows: Any
+  one_hot: Any
+  window: Any
+  before: Any
+  behind: Any
+
+  def near(self, geometry, i):
+    """Start of the i-th tile of the near window, and its bias."""
+    part = pl.ds(i * geometry.tile, geometry.tile)
+    bias = self.refs.near_bias
+    return self.window + i * geometry.tile, _spread(
+        geometry, self.one_hot, [bias[p, :, part] for p in
+                                 range(bias.shape[0])])
+
+  def far_before(self, geometry, i):
+    return (self.window - (i + 1) * geometry.tile,
+            _far(self.rows, self.refs.far_bias[0]))
+
+  def far_behind(self, geometry, i):
+    return (self.window + geometry.near + i * geometry.tile,
+            _far(self.rows, self.refs.far_bias[1]))
+
+  def load(self, geometry, start):
+    part = pl.ds(start, geometry.tile)
+    return (self.refs.key[part, :], self.refs.value[part, :],
+            self.refs.segment_ids[part])
+
+
+def _side(geometry, refs, tile):
+  rows = refs.rows[_at(tile, geometry.tile)]
+  return _Side(refs, rows, _one_hot(geometry, rows, refs.near_bias.dtype),
+               *(refs.spans[i] for i in range(3)))
+
+
+def _load(geometry, refs, tile):
+  part = _at(tile, geometry.tile)
+  return refs.key[part, :], refs.value[part, :], refs.segment_ids[part]
+
+
+def _local_range(geometry, tile, length):
+  """The local key tiles of a query tile, and as well the other way round."""
+  reach = geometry.reach_tiles
+  return (jnp.maximum(tile - reach, 0),
+          jnp.minimum(tile + reach + 1, length // geometry.tile))
+
+
+def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
+  tile = pl.program_id(2)
+  query = tokens.query[...]
+  segments = tokens.segment_ids[_at(tile, geometry.tile)]
+
+  def attend(carry, keys, bias):
+    key, value, key_segments = keys
+    top, total, output = carry
+    scores = _scores(geometry, query, key, bias, segments, key_segments)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores - new_top[:, None])
+    output = output * shrink[:, None] + _dot(
+        geometry, weights.astype(value.dtype), value)
+    return new_top, total * shrink + jnp.sum(weights, axis=1), output
+
+  def local(j, carry):
+    return attend(carry, _load(geometry, tokens, j),
+                  tokens.bias[j - tile + geometry.reach_tiles])
+
+  carry = (jnp.full((geometry.tile,), MASKED, jnp.float32),
+           jnp.zeros((geometry.tile,), jnp.float32),
+           jnp.zeros(query.shape, jnp.float32))
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  carry = jax.lax.fori_loop(first, end, local, carry)
+  if side_refs is not None:
+    side = _side(geometry, side_refs, tile)
+
+    def step(where, i, carry):
+      start, bias = where(geometry, i)
+      return attend(carry, side.load(geometry, start), bias)
+
+    for i in range(geometry.near // geometry.tile):
+      carry = step(side.near, i, carry)
+    carry = jax.lax.fori_loop(
+        0, side.before, partial(step, side.far_before), carry)
+    carry = jax.lax.fori_loop(
+        0, side.behind, partial(step, side.far_behind), carry)
+  top, total, output = carry
+  real = segments > 0
+  out_ref[...] = jnp.where(
+      real[:, None], output / total[:, None], 0).astype(out_ref.dtype)
+  # What padding sees must have no weight in the backward pass.
+  lse_ref[...] = jnp.where(real, top + jnp.log2(total), -MASKED)
+
+
+def _weights_and_gradient(geometry, query, segments, keys, bias, of_rows):
+  """Weights, and the gradient of scores in base e."""
+  key, value, key_segments = keys
+  gradient, lse, delta = of_rows
+  scores = _scores(geometry, query, key, bias, segments, key_segments)
+  weights = jnp.exp2(scores - lse[:, None])
+  d_weights = _dot(geometry, gradient, value.T)
+  return weights, weights * (d_weights - delta[:, None])
+
+
+class Rows(NamedTuple):
+  """What the backward pass knows of queries.
+
+  Attributes:
+    gradient: of what they attended to, [B, L, H, K].
+    lse: the logarithm in base 2 of each softmax's sum, [B, H, L].
+    delta: the product of gradient and output, [B, H, L].
+  """
+  gradient: Any
+  lse: Any
+  delta: Any
+
+  def load(self, geometry, tile):
+    part = _at(tile, geometry.tile)
+    return self.gradient[part, :], self.lse[part], self.delta[part]
+
+
+def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
+                    d_near_ref=None, d_far_ref=None):
+  tile = pl.program_id(2)
+  query = tokens.query[...]
+  segments = tokens.segment_ids[_at(tile, geometry.tile)]
+  of_rows = rows.load(geometry, tile)
+
+  def scores_gradient(keys, bias):
+    key = keys[0]
+    _, d_scores = _weights_and_gradient(
+        geometry, query, segments, keys, bias, of_rows)
+    return d_scores, _dot(geometry, d_scores.astype(key.dtype), key)
+
+  def local(j, d_query):
+    return d_query + scores_gradient(
+        _load(geometry, tokens, j),
+        tokens.bias[j - tile + geometry.reach_tiles])[1]
+
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  d_query = jax.lax.fori_loop(
+      first, end, local, jnp.zeros(query.shape, jnp.float32))
+  if side_refs is not None:
+    side = _side(geometry, side_refs, tile)
+    for i in range(geometry.near // geometry.tile):
+      start, bias = side.near(geometry, i)
+      d_scores, more = scores_gradient(side.load(geometry, start), bias)
+      d_query += more
+      d_near_ref[:, i * geometry.tile:(i + 1) * geometry.tile] = _dot(
+          geometry, side.one_hot.T, d_scores.astype(side.one_hot.dtype))
+
+    def far(where, i, carry):
+      d_query, d_bias = carry
+      start, bias = where(geometry, i)
+      d_scores, more = scores_gradient(side.load(geometry, start), bias)
+      return d_query + more, d_bias + jnp.sum(d_scores, axis=1)
+
+    zeros = jnp.zeros((geometry.tile,), jnp.float32)
+    for i, (where, count) in enumerate([
+        (side.far_before, side.before), (side.far_behind, side.behind)]):
+      d_query, d_bias = jax.lax.fori_loop(
+          0, count, partial(far, where), (d_query, zeros))
+      d_far_ref[i] = jnp.sum(jnp.where(side.rows >= 0, d_bias, 0.0))
+  d_query_ref[...] = d_query.astype(d_query_ref.dtype)
+
+
+def _key_value_gradient(geometry, carry, tokens, i, keys, bias, rows):
+  """Adds what the i-th query tile says of a tile of keys and values."""
+  d_key, d_value = carry
+  part = _at(i, geometry.tile)
+  query, of_rows = tokens.query[part, :], rows.load(geometry, i)
+  weights, d_scores = _weights_and_gradient(
+      geometry, query, tokens.segment_ids[part], keys, bias, of_rows)
+  gradient = of_rows[0]
+  return (d_key + _dot(geometry, d_scores.astype(query.dtype).T, query),
+          d_value + _dot(geometry, weights.astype(gradient.dtype).T, gradient))
+
+
+def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
+  tile = pl.program_id(2)
+  keys = _load(geometry, tokens, tile)
+
+  def of_query_tile(i, carry):
+    return _key_value_gradient(
+        geometry, carry, tokens, i, keys,
+        tokens.bias[tile - i + geometry.reach_tiles], rows)
+
+  zeros = jnp.zeros(keys[0].shape, jnp.float32)
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  d_key, d_value = jax.lax.fori_loop(
+      first, end, of_query_tile, (zeros, zeros))
+  d_key_ref[...] = d_key.astype(d_key_ref.dtype)
+  d_value_ref[...] = d_value.astype(d_value_ref.dtype)
+
+
+def _backward_side(geometry, shift, parts, tokens, rows_ref, far_bias, side,
+                   rows, d_key_ref, d_value_ref):
+  """Part p of the query tiles that a tile of global tokens is seen by."""
+  tile, part = pl.program_id(2), pl.program_id(3)
+  keys = side.key[...], side.value[...], side.segment_ids[...]
+  start, near, far, end = (side.bounds[i] for i in range(4))
+  size = (end - start + parts - 1) // parts
+  start = start + part * size
+  end = jnp.minimum(start + size, end)
+
+  def behind(i, token_rows):
+    del i
+    return _far(token_rows, far_bias[1])
+
+  def within(i, token_rows):
+    # Row r of the one-hot matrix is block firsts[i] + r; the rows of the bias
+    # go up with the offset, hence down with the block.
+    offset = tile * geometry.tile - side.firsts[i] - geometry.rows + 1
+    lines = pl.ds(offset + shift, geometry.rows)
+    from_last = jnp.where(token_rows >= 0, geometry.rows - 1 - token_rows, -1)
+    one_hot = _one_hot(geometry, from_last, side.bias.dtype)
+    return _spread(geometry, one_hot, [side.bias[p, lines, :]
+                                       for p in range(side.bias.shape[0])])
+
+  def before(i, token_rows):
+    del i
+    return _far(token_rows, far_bias[0])
+
+  def of_query_tile(bias, i, carry):
+    token_rows = rows_ref[_at(i, geometry.tile)]
+    return _key_value_gradient(
+        geometry, carry, tokens, i, keys, bias(i, token_rows), rows)
+
+  zeros = jnp.zeros(keys[0].shape, jnp.float32)
+  carry = zeros, zeros
+  for bias, first, last in ((behind, start, near), (within, near, far),
+                            (before, far, end)):
+    carry = jax.lax.fori_loop(
+        jnp.maximum(first, start), jnp.minimum(last, end),
+        partial(of_query_tile, bias), carry)
+  d_key_ref[...], d_value_ref[...] = carry
+
+
+def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
+  """The gradient of one relative tile's bias, over a part of the batch's query
+  tiles."""
+  relative = pl.program_id(1) - geometry.reach_tiles
+  bias = tokens.bias[...]
+  count = tokens.query.shape[0] // geometry.tile
+
+  def of_query_tile(i, d_bias):
+    part = _at(i, geometry.tile)
+    _, d_scores = _weights_and_gradient(
+        geometry, tokens.query[part, :], tokens.segment_ids[part],
+        _load(geometry, tokens, i + relative), bias, rows.load(geometry, i))
+    return d_bias + d_scores
+
+  parts = pl.num_programs(3)
+  size = (count + parts - 1) // parts
+  start = pl.program_id(3) * size
+  d_bias_ref[...] = jax.lax.fori_loop(
+      jnp.maximum(start, -relative),
+      jnp.minimum(jnp.minimum(start + size, count), count - relative),
+      of_query_tile, jnp.zeros(bias.shape, jnp.float32))
+
+
+# How arrays are cut for the grids: `_whole` for all of a row, `_tiles` for the
+# program's tile of it. Grids begin with row and head.
+
+
+def _whole(x):
+  """[B, n, H, K] without batch and head, or [B, n] without batch."""
+  if x.ndim == 2:
+    return pl.BlockSpec((None, x.shape[1]), lambda b, *_: (b, 0))
+  return pl.BlockSpec((None, x.shape[1], None, x.shape[3]),
+                      lambda b, h, *_: (b, 0, h, 0))
+
+
+def _tiles(x, size):
+  if x.ndim == 2:
+    return pl.BlockSpec((None, size), lambda b, h, i, *_: (b, i))
+  return pl.BlockSpec((None, size, None, x.shape[3]),
+                      lambda b, h, i, *_: (b, i, h, 0))
+
+
+def _by_head(x, axis=0):
+  """A bias: all of it that belongs to the head."""
+  shape = tuple(None if i == axis else n for i, n in enumerate(x.shape))
+  return pl.BlockSpec(shape, lambda b, h, *_: tuple(
+      h if i == axis else 0 for i in range(x.ndim)))
+
+
+def _rows_by_head(x):
+  """[B, H, L] without batch and head."""
+  return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, *_: (b, h, 0))
+
+
+def _of_tile(x):
+  """[B, tiles, n]: the n numbers of the program's tile."""
+  return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, i, *_: (b, i, 0))
+
+
+def _row_specs(rows):
+  return Rows(_whole(rows.gradient), _rows_by_head(rows.lse),
+              _rows_by_head(rows.delta))
+
+
+def _token_specs(tokens, query):
+  return Tokens(query, _whole(tokens.key), _whole(tokens.value),
+                _whole(tokens.segment_ids), _by_head(tokens.bias))
+
+
+def _global_specs(side):
+  if side is None:
+    return None
+  return Globals(_whole(side.key), _whole(side.value), _whole(side.segment_ids),
+                 _whole(side.rows), _of_tile(side.spans),
+                 _by_head(side.near_bias, 1), _by_head(side.far_bias))
+
+
+def _call(geometry, kernel, grid, in_specs, out_specs, out_shapes, name):
+  return pl.pallas_call(
+      kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
+      out_shape=out_shapes, interpret=geometry.interpret, name=name,
+      compiler_params=plgpu.CompilerParams(
+          num_warps=_WARPS, num_stages=_STAGES))
+
+
+def forward(geometry: Geometry, tokens: Tokens, side: Globals | None
+            ) -> tuple[jax.Array, jax.Array]:
+  """What tokens attend to, [B, L, H, K], and the logarithm in base 2 of each
+  softmax's sum, [B, H, L]."""
+  batch, length, heads, _ = tokens.query.shape
+  query = _tiles(tokens.query, geometry.tile)
+  return _call(
+      geometry, partial(_forward, geometry),
+      (batch, heads, length // geometry.tile),
+      [_token_specs(tokens, query), _global_specs(side)],
+      [query, pl.BlockSpec((None, None, geometry.tile),
+                           lambda b, h, i: (b, h, i))],
+      [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype),
+       jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
+      'longt5_attention_forward')(tokens, side)
+
+
+def backward_query(
+    geometry: Geometry, tokens: Tokens, side: Globals | None, rows: Rows
+) -> tuple[jax.Array, ...]:
+  """The gradient of queries, [B, L, H, K]; with global tokens also those of
+  the near biases, [B, H, L / tile, rows, near], and of the far ones,
+  [B, H, L / tile, 2], of each query tile by itself."""
+  batch, length, heads, _ = tokens.query.shape
+  count = length // geometry.tile
+  query = _tiles(tokens.query, geometry.tile)
+  specs = [query]
+  shapes = [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype)]
+  if side is not None:
+    near = (geometry.rows, geometry.near)
+    specs += [pl.BlockSpec((None, None, None, *near),
+                           lambda b, h, i: (b, h, i, 0, 0)),
+              pl.BlockSpec((None, None, None, 2), lambda b, h, i: (b, h, i, 0))]
+    shapes += [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32)
+               for shape in (near, (2,))]
+  return _call(
+      geometry, partial(_backward_query, geometry), (batch, heads, count),
+      [_token_specs(tokens, query), _global_specs(side), _row_specs(rows)],
+      specs, shapes, 'longt5_attention_backward_query')(tokens, side, rows)
+
+
+def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
+                 ) -> tuple[jax.Array, jax.Array]:
+  """The gradients of keys and values, [B, L, H, K]."""
+  batch, length, heads, _ = tokens.query.shape
+  key = _tiles(tokens.key, geometry.tile)
+  shape = jax.ShapeDtypeStruct(tokens.key.shape, tokens.key.dtype)
+  return _call(
+      geometry, partial(_backward_key, geometry),
+      (batch, heads, length // geometry.tile),
+      [_token_specs(tokens, _whole(tokens.query)), _row_specs(rows)],
+      [key, key], [shape, shape],
+      'longt5_attention_backward_key')(tokens, rows)
+
+
+def backward_side(
+    geometry: Geometry, tokens: Tokens, side: Globals, tiles: GlobalTiles,
+    shift: int, rows: Rows, parts: int
+) -> tuple[jax.Array, jax.Array]:
+  """The gradients of global keys and values, [parts, B, S, H, K] in float32;
+  they are the sums over parts.
+
+  Args:
+    geometry, tokens, side, rows: as of the other kernels.
+    tiles: the global tokens.
+    shift: see `GlobalTiles`.
+    parts: programs that share a tile's queries.
+  """
+  batch, globals_, heads, size = tiles.key.shape
+  key = _tiles(tiles.key, geometry.tile)
+  specs = GlobalTiles(
+      key, key, _tiles(tiles.segment_ids, geometry.tile),
+      _of_tile(tiles.bounds), _whole(tiles.firsts), _by_head(tiles.bias, 1))
+  out = pl.BlockSpec((None, None, geometry.tile, None, size),
+                     lambda b, h, i, p: (p, b, i, h, 0))
+  shape = jax.ShapeDtypeStruct(
+      (parts, batch, globals_, heads, size), jnp.float32)
+  return _call(
+      geometry, partial(_backward_side, geometry, shift, parts),
+      (batch, heads, globals_ // geometry.tile, parts),
+      [_token_specs(tokens, _whole(tokens.query)), _whole(side.rows),
+       _by_head(side.far_bias), specs, _row_specs(rows)],
+      [out, out], [shape, shape], 'longt5_attention_backward_side')(
+          tokens, side.rows, side.far_bias, tiles, rows)
+
+
+def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
+                        parts: int) -> jax.Array:
+  """The gradient of the local bias, [B, parts, H, local_tiles, tile, tile];
+  it is the sum over rows and parts."""
+  batch, _, heads, _ = tokens.query.shape
+
+  def of_row(x):
+    if x.ndim == 2:
+      return pl.BlockSpec((None, x.shape[1]), lambda h, d, b, p: (b, 0))
+    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]),
+                        lambda h, d, b, p: (b, 0, h, 0))
+
+  by_head = pl.BlockSpec((None, None, tokens.query.shape[1]),
+                         lambda h, d, b, p: (b, h, 0))
+  tile = (geometry.tile, geometry.tile)
+  bias = pl.BlockSpec((None, None, *tile), lambda h, d, b, p: (h, d, 0, 0))
+  return _call(
+      geometry, partial(_backward_local_bias, geometry),
+      (heads, geometry.local_tiles, batch, parts),
+      [Tokens(of_row(tokens.query), of_row(tokens.key), of_row(tokens.value),
+              of_row(tokens.segment_ids), bias),
+       Rows(of_row(rows.gradient), by_head, by_head)],
+      pl.BlockSpec((None, None, None, None, *tile),
+                   lambda h, d, b, p: (b, p, h, d, 0, 0)),
+      jax.ShapeDtypeStruct(
+          (batch, parts, heads, geometry.local_tiles, *tile), jnp.float32),
+      'longt5_attention_backward_local_bias')(tokens, rows)
