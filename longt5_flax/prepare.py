@@ -5,7 +5,7 @@
     --config.data.vocabulary=m.model --output=prepared
 
 takes the config and overrides of a run, and writes prepared/train and, with
-data.validation_path, prepared/validation; the last lines say how to train from
+data.validation_path, prepared/validation; the last line says how to train from
 them. The same command again goes on where it was stopped. docs/data.md says
 more.
 """
