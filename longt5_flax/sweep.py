@@ -34,6 +34,7 @@ from longt5_flax.sweep_plan import ROOT, Plan, Run, read_plan
 from longt5_flax.sweep_report import write_report
 from longt5_flax.training import run_config
 from longt5_flax.training.checkpoints import check_same_run
+from longt5_flax.training.schedules import DECAYING
 
 
 class Folder:
@@ -77,19 +78,27 @@ class Folder:
       values = run_config.resolved(run.config)
       check_same_run(saved, values, workdir)
       # train.py would go on, but what is done could not be compared.
-      if saved['schedule'] != values['schedule']:
-        raise ConfigError(f'{workdir} holds a run with another schedule: keep '
-                          'it, or choose another --workdir.')
+      for name in ('init_from', 'schedule'):
+        if saved[name] != values[name]:
+          raise ConfigError(f'{workdir} holds a run with another {name}: keep '
+                            'it, or choose another --workdir.')
       if step > run.config.steps:
         raise ConfigError(f'{workdir} holds {step} steps, more than steps='
                           f'{run.config.steps}: choose another --workdir.')
+      kind = run.config.schedule.name
+      if kind in DECAYING and saved['steps'] != run.config.steps:
+        raise ConfigError(
+            f'{workdir} holds a run with schedule.name={kind!r} for steps='
+            f'{saved["steps"]}, not {run.config.steps}: keep the value, or '
+            'choose another --workdir.')
     return step
 
-  def add(self, run: Run, first_step: int, seconds: float,
-          error: str | None) -> None:
-    """Records an attempt at a run, from `first_step` on."""
-    if first_step:
-      seconds += self.record.get(run.name, {}).get('seconds', 0.0)
+  def seconds(self, run: Run) -> float | None:
+    """How long a run has taken; None if a killed sweep could not say."""
+    return self.record.get(run.name, {'seconds': None})['seconds']
+
+  def note(self, run: Run, seconds: float | None, error: str | None) -> None:
+    """Records how long a run has taken, and how it failed."""
     self.record[run.name] = {'seconds': seconds, 'error': error}
     part = self._record_path + '.part'
     with open(part, 'w', encoding='utf-8') as file:
@@ -169,10 +178,12 @@ def run_sweep(plan: Plan, folder: Folder) -> int:
         say(f'{title} finished before')
         continue
       say(f'{title} from step {steps[i]} to {run.config.steps}')
+      before = folder.seconds(run) if steps[i] else 0.0
+      folder.note(run, None, None)  # What stays, should this be killed.
       start = time.monotonic()
       error = train(run, folder, stop, lock)
-      folder.add(run, steps[i], time.monotonic() - start,
-                 None if stop.signal else error)
+      seconds = None if before is None else before + time.monotonic() - start
+      folder.note(run, seconds, None if stop.signal else error)
       if stop.signal:
         say(f'Stopped in {run.name} at step {folder.step(run)}; the same '
             'command goes on.')

@@ -16,7 +16,7 @@ from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.inputs import held_out_batches, pipeline_options
-from longt5_flax.sweep_plan import Plan
+from longt5_flax.sweep_plan import Plan, Run
 from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.checkpoints import abstract_state
 from longt5_flax.training.init_from import initial_params
@@ -30,15 +30,34 @@ def check_held_out(plan: Plan) -> None:
   """Makes a batch of each objective: better refused now than after all runs.
 
   Raises:
-    ConfigError, DataError: it cannot be made.
+    ConfigError: it cannot be made, or a run cannot read it.
   """
   for objective in plan.held_out:
     config = objective.config.copy_and_resolve_references()
     config.eval.max_batches = 1
     try:
       _batches(config, 1)
+      vocabulary = _vocabulary(config.data)
+      for run in plan.runs:
+        _check_reads(run, config.data.vocabulary, vocabulary)
     except (ConfigError, DataError) as error:
       raise ConfigError(f'held_out {objective.name!r}: {error}') from None
+
+
+def _check_reads(run: Run, path: str, vocabulary: Vocabulary) -> None:
+  """Refuses ids that mean something else to a run, or nothing."""
+  own = run.config.data.vocabulary
+  if own != path:
+    raise ConfigError(
+        f'data.vocabulary={path}, but run {run.name!r} has {own}: losses per '
+        'token of different vocabularies cannot be compared.')
+  run_config.check_vocabulary(
+      vocabulary, run_config.model_config(run.config.model),
+      f'for run {run.name!r} data.vocabulary')
+
+
+def _vocabulary(data: ConfigDict) -> Vocabulary:
+  return Vocabulary(data.vocabulary, data.extra_ids)
 
 
 def held_out_losses(
@@ -105,9 +124,8 @@ def _write(workdir, known):
 
 
 def _batches(config, block):
-  vocabulary = Vocabulary(config.data.vocabulary, config.data.extra_ids)
   return held_out_batches(
-      config, vocabulary, pipeline_options(config, block))
+      config, _vocabulary(config.data), pipeline_options(config, block))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

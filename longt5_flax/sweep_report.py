@@ -20,7 +20,7 @@ _NOTES = '''\
   are different objectives: do not compare the numbers of a line.
 - Tokens: real ones that the run trained on, padding left out.
 - Tokens a second and MFU: medians over log steps. Minutes: everything, start
-  and compilation included.'''
+  and compilation included; empty where a killed sweep could not tell.'''
 
 
 class Curve(NamedTuple):
@@ -42,7 +42,7 @@ def write_report(plan: Plan, workdirs: Mapping[str, str],
   Args:
     plan: the sweep.
     workdirs: name -> folder of the runs that are finished.
-    record: name -> `seconds` and `error`.
+    record: name -> `seconds`, None if they are not known, and `error`.
     folder: to write to.
 
   Returns:
@@ -60,8 +60,9 @@ def write_report(plan: Plan, workdirs: Mapping[str, str],
   curves = {name: read_curve(lines[name]) for name in workdirs}
   results = []
   for run in plan.runs:
+    seconds = record.get(run.name, {}).get('seconds')
     result = {'run': run.name, 'overrides': dict(run.overrides),
-              'minutes': record.get(run.name, {}).get('seconds', 0.0) / 60}
+              'minutes': None if seconds is None else seconds / 60}
     if run.name in workdirs:
       result |= {'steps': run.config.steps, 'held_out': losses[run.name],
                  'input_tokens': round(curves[run.name].inputs[-1]),
@@ -125,9 +126,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             *(f'held-out loss: {name}' for name in names),
             'input + target tokens/s', 'MFU', 'peak memory', 'minutes']]
   for result in results:
+    minutes = ('' if result['minutes'] is None else
+               f'{result["minutes"]:.1f}')
     if 'error' in result:
       cells.append([result['run'], 'failed', *[''] * (len(cells[0]) - 3),
-                    f'{result["minutes"]:.1f}'])
+                    minutes])
       continue
     mfu, memory = result['mfu'], result['peak_memory_bytes']
     cells.append([
@@ -137,8 +140,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         f'{_count(result["input_tokens_per_second"])} + '
         f'{_count(result["target_tokens_per_second"])}',
         '' if mfu is None else f'{mfu:.1%}',
-        '' if memory is None else f'{memory / 1e9:.1f} GB',
-        f'{result["minutes"]:.1f}'])
+        '' if memory is None else f'{memory / 1e9:.1f} GB', minutes])
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   cells.insert(1, ['-' * width for width in widths])
   rows = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(

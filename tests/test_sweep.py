@@ -4,6 +4,7 @@ run and is stopped in another."""
 import fcntl
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from longt5_flax import sweep, sweep_report
 from longt5_flax.config import ConfigError
 from longt5_flax.sweep_plan import read_plan
 
+TINY_MODEL = 'tests/testdata/vocabulary/tiny.model'
 SHIPPED = sorted((runs.ROOT / 'configs' / 'sweeps').glob('*.py'))
 DATA = ['--config.data.path=a.jsonl', '--config.data.vocabulary=m.model',
         '--config.data.validation_path=b.jsonl']
@@ -95,6 +97,12 @@ def get_sweep():
      "run 'a': steps=0 must be at least 1."),
     (SWEEP.format([('a', {'data.objective': 'spans'})]), "run 'a': "
      "objective='spans' must be one of "),
+    (SWEEP.format([('a', {'data.path': '', 'data.source': 'seqio',
+                          'data.validation_path': '',
+                          'data.task': 'longt5_c4_gap_sentences',
+                          'data.objective': 'span_corruption'})]),
+     "run 'a': data.objective='span_corruption' has no say in task "
+     "'longt5_c4_gap_sentences': leave it out, and choose a task"),
     (SWEEP.format([('a', {'data.path': ''})]), "run 'a': data.path is empty: "
      'it must name the files to train on.'),
     (SWEEP.format("[('a', {})], held_out=[('x', {'loss.z': 1})]"),
@@ -144,6 +152,26 @@ def test_held_out_rows_that_cannot_be_made(tmp_path, capsys):
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('own, line', [
+    # 4000 pieces; the objective has sentinels.
+    ({}, "for run 'a' data.vocabulary has 4096 ids with its sentinels, more "
+     'than model.vocab_size=4000: raise that, or lower data.extra_ids.'),
+    ({'data.vocabulary': TINY_MODEL, 'model.vocab_size': 4096},
+     f"data.vocabulary=corpus/vocabulary.model, but run 'a' has {TINY_MODEL}: "
+     'losses per token of different vocabularies cannot be compared.'),
+])
+def test_held_out_rows_that_a_run_cannot_read(own, line, tmp_path, capsys):
+  """Not a loss of nan, or of other words, at the end."""
+  path = tmp_path / 'a.py'
+  common = {'data.validation_path': 'corpus/validation.jsonl.xz',
+            'model.vocab_size': 4000}
+  spans = [('x', {'data.objective': 'span_corruption', 'data.extra_ids': 96})]
+  path.write_text(SWEEP.format(f"[('a', {own})], {common}, {spans}"))
+  assert answer(capsys, path, f'--workdir={tmp_path}/out') == (
+      2, f"error: held_out 'x': {line}")
+  assert not (tmp_path / 'out').exists()
+
+
 def test_own_loss_is_the_last_held_out_one():
   metrics = [{'split': 'train', 'loss': 4.0},
              {'split': 'validation', 'loss': 3.0},
@@ -158,6 +186,8 @@ def test_table_of_failures():
   assert [cell.strip() for cell in line.split('|') if cell.strip()] == [
       'a', 'failed', '2.0']
   assert (empty, last) == ('', 'a failed: no device')
+  line = sweep_report.table([failed | {'minutes': None}]).splitlines()[2]
+  assert [cell.strip() for cell in line.split('|')[-2:]] == ['', '']
 
 
 @pytest.fixture(scope='module')
@@ -259,7 +289,8 @@ def test_list_starts_nothing(folder, finished):
 @pytest.mark.parametrize('override, line', [
     ('loss.z_loss=0', 'loss.z_loss=0.0001, not 0.0: keep the value'),
     ('schedule.learning_rate=9.0', 'another schedule: keep it'),
-], ids=['key', 'schedule'])
+    ('init_from=hf:DIR', 'another init_from: keep it'),
+], ids=['key', 'schedule', 'init_from'])
 def test_another_sweep_in_the_folder(override, line, folder, finished, capsys):
   del finished
   code, error = answer(capsys, folder / 'tiny.py', f'--workdir={folder}/out',
@@ -274,6 +305,48 @@ def test_more_steps_than_asked_for(folder, finished):
   with pytest.raises(ConfigError, match=f'holds {STEPS} steps, more than '
                      'steps=8: choose another --workdir'):
     sweep.run_sweep(plan, sweep.Folder(f'{folder}/out'))
+
+
+def test_schedule_of_another_length(folder, finished, tmp_path):
+  """Where the rate depends on the last step, more steps are another run."""
+  del finished
+  workdir = tmp_path / 'runs' / 'first'
+  shutil.copytree(folder / 'out' / 'runs' / 'first', workdir)
+  config = json.loads((workdir / 'config.json').read_text())
+  config['schedule']['name'] = 'cosine'
+  (workdir / 'config.json').write_text(json.dumps(config))
+  arguments = ['--config.schedule.name=cosine', f'--config.steps={2 * STEPS}']
+  run, *_ = read_plan(f'{folder}/tiny.py', arguments).runs
+  with pytest.raises(ConfigError, match="schedule.name='cosine' for steps="
+                     f'{STEPS}, not {2 * STEPS}: keep the value'):
+    sweep.Folder(str(tmp_path)).step(run)
+  # Of a constant rate: just more of it.
+  run, *_ = read_plan(f'{folder}/tiny.py', arguments[1:]).runs
+  assert sweep.Folder(f'{folder}/out').step(run) == STEPS
+
+
+def test_minutes_of_a_killed_sweep_are_not_known(tmp_path, monkeypatch):
+  path, out = tmp_path / 'a.py', str(tmp_path / 'out')
+  path.write_text(SWEEP.format("[('a', {})], {'data.validation_path': ''}"))
+  plan = read_plan(str(path), [])
+
+  def killed(*_):
+    raise SystemExit
+
+  monkeypatch.setattr(sweep, 'train', killed)
+  with pytest.raises(SystemExit):
+    sweep.run_sweep(plan, sweep.Folder(out))
+  # Goes on from the checkpoint that the killed one left.
+  monkeypatch.setattr(sweep.Folder, 'step', lambda self, run: 1)
+  monkeypatch.setattr(sweep, 'train', lambda *_: 'no memory')
+  assert sweep.run_sweep(plan, sweep.Folder(out)) == 1
+  result, = json.loads(Path(out, 'results.json').read_text())
+  assert (result['minutes'], result['error']) == (None, 'no memory')
+  # One from the start is known again.
+  monkeypatch.setattr(sweep.Folder, 'step', lambda self, run: 0)
+  sweep.run_sweep(plan, sweep.Folder(out))
+  result, = json.loads(Path(out, 'results.json').read_text())
+  assert 0 <= result['minutes'] < 1
 
 
 def test_one_sweep_a_folder(folder, finished, capsys):

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 from longt5_flax.config import ConfigError
 
 SCHEDULES = ('rsqrt', 'constant', 'linear', 'cosine')
+# Those that depend on how long the run is.
+DECAYING = ('linear', 'cosine')
 
 # t5x's floor.
 _MIN_LEARNING_RATE = 1e-8
@@ -39,7 +41,7 @@ def make_schedule(
                       'and finite.')
   if warmup_steps < 0:
     raise ConfigError(f'schedule.warmup_steps={warmup_steps} must be >= 0.')
-  if name in ('linear', 'cosine') and warmup_steps >= steps:
+  if name in DECAYING and warmup_steps >= steps:
     raise ConfigError(f'schedule.warmup_steps={warmup_steps} must be less '
                       f'than steps={steps} for schedule.name={name!r}.')
 
