@@ -77,6 +77,7 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
                  shard: tuple[int, int]) -> Inputs:
   """What a run reads from seqio."""
   data = config.data
+  check_task_objective(data)
   options = pipeline_options(config, model.global_block_size)
   tasks = load_tasks()
   try:
@@ -102,6 +103,17 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
         'DIR name local copies; --config.data.source=jsonl --config.data.path='
         'FILES --config.data.vocabulary=MODEL trains on local text') from None
   return Inputs(vocabulary, batches, held_out or [], describe_task(task))
+
+
+def check_task_objective(data: Any) -> None:
+  """Refuses a `data.objective` that `data.task` would not follow."""
+  # The default may stand beside any task.
+  if data.objective != 'gap_sentences' and (
+      data.task != f'longt5_c4_{data.objective}'):
+    raise ConfigError(
+        f'data.objective={data.objective!r} has no say in task '
+        f'{data.task!r}: leave it out, and choose a task, such as '
+        'longt5_c4_span_corruption or longt5_c4_mixture.')
 
 
 def held_out_batches(config: Any, vocabulary: Vocabulary,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
-from longt5_flax.inputs import pipeline_options
+from longt5_flax.inputs import check_task_objective, pipeline_options
 from longt5_flax.training import run_config
 
 # The checkout: train.py and configs are no part of the package.
@@ -99,6 +99,8 @@ def read_plan(path: str, overrides: Sequence[str]) -> Plan:
         run_config.check_config(config)
         run_config.check_paths(config)
         pipeline_options(config, 1)
+        if config.data.source == 'seqio':
+          check_task_objective(config.data)
       except (ConfigError, DataError) as error:
         raise ConfigError(f'{kind} {name!r}: {error}') from None
       yield Run(name, own, arguments, config)

@@ -96,6 +96,7 @@ def one_of(*names):
      'optimizer.microbatches=0 must be at least 1.'),
     ({'checkpoint.keep': 0}, 'checkpoint.keep=0 must be at least 1.'),
     ({'data.workers': -1}, 'data.workers=-1 must be at least 0.'),
+    ({'loss.chunk_mib': 'inf'}, 'loss.chunk_mib=inf must be finite.'),
     ({'data.path': ''},
      'data.path is empty: it must name the files to train on.'),
     ({'data.vocabulary': ''},

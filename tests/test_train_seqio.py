@@ -230,6 +230,7 @@ def test_options_reach_the_tasks(settings):
   assert len(held_out) == 1
   batch, held_out = read(settings | {
       'data.task': 'longt5_c4_span_corruption',
+      'data.objective': 'span_corruption',
       'span_corruption.noise_density': 0.99,
       'span_corruption.mean_noise_span_length': 10_000.0})
   assert held_out == []
@@ -245,6 +246,10 @@ def test_options_reach_the_tasks(settings):
      'longt5_c4_gap_sentences'),
     (ConfigError, {'data.task': ''},
      'data.task is empty: it must name a task or mixture of seqio.'),
+    (ConfigError, {'data.objective': 'span_corruption'},
+     "data.objective='span_corruption' has no say in task "
+     "'longt5_c4_mixture': leave it out, and choose a task, such as "
+     'longt5_c4_span_corruption or longt5_c4_mixture.'),
     (ConfigError, {'data.path': 'books.jsonl'},
      "data.path='books.jsonl' must be empty for data.source='seqio', which "
      'reads data.task; files are read by --config.data.source=jsonl.'),

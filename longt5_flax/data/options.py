@@ -47,8 +47,8 @@ class PipelineOptions:
       raise DataError(f'long_documents={self.long_documents!r} must be one of '
                       f'{LONG_DOCUMENTS}')
     # Beside the end of sequence: some text, and the sentinel of a span.
-    shortest = 3 if 'span_corruption' in objectives else 2
-    for name, least in (('inputs_length', shortest), ('targets_length', 1),
+    inputs, targets = (3, 3) if 'span_corruption' in objectives else (2, 1)
+    for name, least in (('inputs_length', inputs), ('targets_length', targets),
                         ('global_block_size', 1), ('seed', 0)):
       if getattr(self, name) < least:
         raise DataError(f'{name}={getattr(self, name)} must be at least '

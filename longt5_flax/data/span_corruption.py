@@ -40,7 +40,11 @@ class SpanCorruptionOptions:
 
 def noise_counts(
     num_tokens: int, options: SpanCorruptionOptions) -> tuple[int, int]:
-  """How many of 2 or more tokens are noise, and in how many spans."""
+  """How many of 2 or more tokens are noise, and in how many spans.
+
+  T5 multiplies in float32, and so hides a token more of one length in a
+  hundred, such as 190.
+  """
   noise = round(num_tokens * options.noise_density)
   noise = min(max(noise, 1), num_tokens - 1)
   spans = max(round(noise / options.mean_noise_span_length), 1)

@@ -3,6 +3,7 @@ anything is compiled or written."""
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 from typing import Any
@@ -72,6 +73,8 @@ def check_config(config: Any) -> None:
       value = _value(config, name)
       if not value >= least:  # Nor NaN.
         raise ConfigError(f'{name}={value} must be at least {least}.')
+      if value == math.inf:
+        raise ConfigError(f'{name}={value} must be finite.')
   for name, known in _CHOICES.items():
     value = _value(config, name)
     if value not in known:

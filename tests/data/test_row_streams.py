@@ -207,6 +207,8 @@ def test_mask_must_be_in_the_vocabulary():
      "objective='gap_sentences:1,gap_sentences:2' names gap_sentences twice"),
     ({'objective': 'span_corruption', 'inputs_length': 2},
      'inputs_length=2 must be at least 3'),
+    ({'objective': 'span_corruption', 'targets_length': 2},
+     'targets_length=2 must be at least 3'),
     ({'long_documents': 'drop'},
      "long_documents='drop' must be one of ('cut', 'pieces')"),
     ({'inputs_length': 1}, 'inputs_length=1 must be at least 2'),
