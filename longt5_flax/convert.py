@@ -97,8 +97,9 @@ def _config(name):
     return LongT5Config.from_pretrained(name)
   if name in PRESETS:
     return LongT5Config.preset(name)
-  raise ConfigError(f'--architecture {name!r} must be the folder of a config.json, '
-                    f'or one of {", ".join(PRESETS)}.')
+  raise ConfigError(
+      f'--architecture {name!r} must be the folder of a config.json, or one of '
+      f'{", ".join(PRESETS)}.')
 
 
 def _wanted(tensors: Tensors) -> Any:
