@@ -228,6 +228,7 @@ class TaskBatches:
     self._name = task.name
     self._num_rows = num_rows
     self._shard = shard
+    load_tasks().check_examples(task, 'train', _lengths(options))
     self._examples = load_tasks().TaskExamples(
         task, 'train', _lengths(options), options.seed, shard)
     self._kept = _Kept(self._examples)

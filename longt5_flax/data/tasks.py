@@ -327,3 +327,17 @@ class TaskExamples(Iterator[dict[str, Any]]):
       except (tf.errors.OpError, AssertionError, ValueError) as error:
         raise DataError(f'task {self._name} has changed since the checkpoint: '
                         f'{one_line(error)}') from None
+
+
+def check_examples(task: Any, split: str, lengths: tuple[int, int]) -> None:
+  """Refuses a task that makes no example, or a mixture with such a task.
+
+  Of documents without end the first example would be sought without end.
+
+  Raises:
+    DataError: naming the task.
+  """
+  for each in seqio.get_subtasks(task):
+    with contextlib.closing(TaskExamples(each, split, lengths, 0)) as examples:
+      if next(examples, None) is None:
+        raise DataError(f'task {each.name} has no examples')

@@ -250,8 +250,13 @@ def test_preprocessor_with_a_state():
       'stateless random numbers and tf.numpy_function(..., stateful=False)')
 
 
-def test_task_without_examples():
-  empty = task_of_lines('empty', lambda data: data.take(0))
+@pytest.mark.parametrize('drop', [
+    lambda data: data.take(0),
+    # Of lines without end it would be asked about each.
+    lambda data: data.filter(lambda _: False),
+], ids=['none', 'filter'])
+def test_task_without_examples(drop):
+  empty = task_of_lines('empty', drop)
   with pytest.raises(DataError, match='task empty has no examples'):
     batches_of(empty)
   with pytest.raises(DataError,
