@@ -161,8 +161,8 @@ def test_refused_sources(tmp_path, capsys):
       'error: missing: there is no such folder or file on disk; nothing is '
       'downloaded.')
   assert line('hf:missing', '--architecture=tiny').startswith(
-      "error: --architecture 'tiny' must be the folder of a config.json, or one "
-      'of local-tiny, ')
+      "error: --architecture 'tiny' must be the folder of a config.json, or "
+      'one of local-tiny, ')
 
 
 def test_refused_weights(tmp_path, capsys):
