@@ -95,6 +95,8 @@ def get_sweep():
      '\'modle\'. Did you mean "model" instead of "modle"?'),
     (SWEEP.format([('a', {'steps': 0})]),
      "run 'a': steps=0 must be at least 1."),
+    (SWEEP.format([('a', {}), ('b', {'optimizer.name': 'sgd'})]),
+     "run 'b': optimizer.name='sgd' must be one of "),
     (SWEEP.format([('a', {'data.objective': 'spans'})]), "run 'a': "
      "objective='spans' must be one of "),
     (SWEEP.format([('a', {'data.path': '', 'data.source': 'seqio',

@@ -19,6 +19,7 @@ from longt5_flax.model.longt5 import (
     LongT5ForConditionalGeneration,
 )
 from longt5_flax.training.init_from import check_spec
+from longt5_flax.training.optimizer import make_optimizer
 from longt5_flax.training.schedules import make_schedule
 
 _AT_LEAST_ONE = (
@@ -90,7 +91,8 @@ def check_config(config: Any) -> None:
   if config.init_from:
     check_spec(config.init_from)
   model_config(config.model)
-  make_schedule(**config.schedule, steps=config.steps)
+  make_optimizer(
+      config.optimizer, make_schedule(**config.schedule, steps=config.steps))
 
 
 def check_paths(config: Any) -> None:
