@@ -335,20 +335,20 @@ def test_minutes_of_a_killed_sweep_are_not_known(tmp_path, monkeypatch):
   def killed(*_):
     raise SystemExit
 
-  monkeypatch.setattr(sweep, 'train', killed)
+  def attempt(step, train=lambda *_: 'no memory'):
+    monkeypatch.setattr(sweep.Folder, 'step', lambda self, run: step)
+    monkeypatch.setattr(sweep, 'train', train)
+    assert sweep.run_sweep(plan, sweep.Folder(out)) == 1
+    result, = json.loads(Path(out, 'results.json').read_text())
+    assert result['error'] == 'no memory'
+    return result['minutes']
+
+  first = attempt(step=0)
+  assert attempt(step=1) > first > 0
   with pytest.raises(SystemExit):
-    sweep.run_sweep(plan, sweep.Folder(out))
-  # Goes on from the checkpoint that the killed one left.
-  monkeypatch.setattr(sweep.Folder, 'step', lambda self, run: 1)
-  monkeypatch.setattr(sweep, 'train', lambda *_: 'no memory')
-  assert sweep.run_sweep(plan, sweep.Folder(out)) == 1
-  result, = json.loads(Path(out, 'results.json').read_text())
-  assert (result['minutes'], result['error']) == (None, 'no memory')
-  # One from the start is known again.
-  monkeypatch.setattr(sweep.Folder, 'step', lambda self, run: 0)
-  sweep.run_sweep(plan, sweep.Folder(out))
-  result, = json.loads(Path(out, 'results.json').read_text())
-  assert 0 <= result['minutes'] < 1
+    attempt(step=1, train=killed)
+  assert attempt(step=1) is None
+  assert attempt(step=0) > 0  # All of it is known again.
 
 
 def test_one_sweep_a_folder(folder, finished, capsys):
