@@ -352,6 +352,16 @@ MUTANTS = [
            '::test_inputs_do_not_depend_on_each_other'),
     Mutant('too few candidates', 'longt5_flax/generation/beam_search.py',
            '(1 + max(1, len(options.eos_token_ids)))', '2',
+    Mutant('prompt mask of other rows', 'longt5_flax/model/decoding.py',
+           "prompt_mask, ((0, 0), (0, after)), constant_values=True),",
+           "prompt_mask[::-1], ((0, 0), (0, after)), constant_values=True),",
+           'tests/api/test_generate_method.py'
+           '::test_masked_part_of_a_prompt_is_not_there'),
+    Mutant('start token before a masked prompt is hidden',
+           'longt5_flax/api/conditional_generation.py',
+           '((0, 0), (1, 0)), constant_values=True', '((0, 0), (1, 0))',
+           'tests/api/test_generate_method.py'
+           '::test_start_token_put_before_a_masked_prompt_is_seen'),
            'tests/generation/test_beam_search.py'
            '::test_enough_go_on_where_most_tokens_end'),
     Mutant('cache not reordered', 'longt5_flax/model/decoding.py',

@@ -295,11 +295,12 @@ def _cast(params, dtype, mask):
 
 
 def _bytes(size):
-  if isinstance(size, int):
+  if isinstance(size, int) and size > 0:
     return size
+  text = str(size).upper()
   for suffix, factor in (('KB', 10**3), ('MB', 10**6), ('GB', 10**9),
                          ('KIB', 2**10), ('MIB', 2**20), ('GIB', 2**30)):
-    number = size.upper().removesuffix(suffix)
-    if number != size.upper() and number.strip().isdigit():
+    number = text.removesuffix(suffix)
+    if number != text and number.strip().isdigit() and int(number):
       return int(number) * factor
   raise ConfigError(f'max_shard_size={size!r} must be bytes or like "5GB".')

@@ -31,12 +31,13 @@ def token_ids(name: str, ids: Any, vocab_size: int) -> Int[Array, 'B L']:
       the vocabulary does not have.
   """
   ids = _array(name, ids)
+  # An empty list has no dtype of its own.
+  if ids.size and not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ConfigError(f'{name} is of dtype {ids.dtype}: must be integers.')
   if ids.ndim != 2 or not ids.size:
     raise ConfigError(
         f'{name} has shape {ids.shape}: must be [batch, length], none of '
         'them 0.')
-  if not jnp.issubdtype(ids.dtype, jnp.integer):
-    raise ConfigError(f'{name} is of dtype {ids.dtype}: must be integers.')
   if has_values(ids):
     values = np.asarray(ids)
     bad = values[(values < 0) | (values >= vocab_size)]
@@ -93,7 +94,8 @@ def encoder_output(outputs: Any, batch_size: int,
       batch_size, features):
     raise ConfigError(
         f'encoder_outputs[0] has shape {hidden.shape}: must be '
-        f'({batch_size}, length, d_model={features}).')
+        f'({batch_size}, length, d_model={features}), for {batch_size} rows '
+        'to decode.')
   return jnp.asarray(hidden)
 
 
@@ -122,6 +124,45 @@ def decoder_positions(positions: Any, shape: tuple[int, ...],
       raise ConfigError(
           f'decoder_position_ids must count up from {first} in every row: '
           'relative positions are those of the tokens.')
+
+
+def cache_length(max_length: Any) -> int:
+  """How many targets a cache is to have room for.
+
+  Raises:
+    ConfigError: that is no integer, or less than 1.
+  """
+  if not isinstance(max_length, int | np.integer) or max_length < 1:
+    raise ConfigError(
+        f'max_length={max_length!r} must be an integer, at least 1.')
+  return int(max_length)
+
+
+def cache(past: Any, name_of_encoded: str, shape: tuple[int, ...]) -> None:
+  """Checks that `past_key_values` was made for these inputs.
+
+  Args:
+    past: what `init_cache` or the last call gave.
+    name_of_encoded: of the inputs' keys and values, if they are there.
+    shape: of the encoder's output, [B, L, D].
+
+  Raises:
+    ConfigError: it is something else, or was made for other inputs.
+  """
+  try:
+    length = shape[1]
+    targets = past['cache']['decoder']['layers_0']['self_attention']['key']
+    rows = targets.shape[0]
+    if name_of_encoded in past:  # Else they will be made of these inputs.
+      length = past[name_of_encoded]['decoder']['layers_0'][
+          'encoder_decoder_attention']['key'].shape[1]
+  except (KeyError, TypeError, IndexError):
+    raise ConfigError('past_key_values must be what init_cache() or the last '
+                      'decode() returned.') from None
+  if (rows, length) != shape[:2]:
+    raise ConfigError(
+        f'past_key_values is for inputs of shape {(rows, length)}: '
+        f'encoder_outputs[0] has {shape[:2]}.')
 
 
 def room_for(count: int, length: Any, room: int) -> None:

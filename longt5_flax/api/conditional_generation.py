@@ -47,7 +47,8 @@ class FlaxLongT5ForConditionalGeneration(FlaxLongT5Model):
       params: used instead of what the model holds.
       **options: `attention_mask`, by default 1 for all but padding;
         `decoder_input_ids` [B, P], tokens to go on from, with the start token
-        put in front (but not inside jax.jit) if no row begins with it;
+        put in front (but not inside jax.jit) if no row begins with it, and
+        `decoder_attention_mask` [B, P], 1 for those that later tokens see;
         `encoder_outputs`, what `encode` returned for these inputs; and every
         setting of GenerationConfig (`max_length`, `max_new_tokens`,
         `num_beams`, `do_sample`, ...).
@@ -66,11 +67,12 @@ class FlaxLongT5ForConditionalGeneration(FlaxLongT5Model):
     ids = checks.token_ids('input_ids', input_ids, config.vocab_size)
     given_mask = options.pop('attention_mask', None)
     prompt = options.pop('decoder_input_ids', None)
+    prompt_mask = options.pop('decoder_attention_mask', None)
     encoder_outputs = options.pop('encoder_outputs', None)
     settings = generation.merge_settings(
         config, self._defaults(generation_config), options)
-    prompt = self._prompt(
-        prompt, len(ids), settings['decoder_start_token_id'])
+    prompt, prompt_mask = self._prompt(
+        prompt, prompt_mask, len(ids), settings['decoder_start_token_id'])
     chosen = generation.resolve_options(
         settings, 'max_length' in options, prompt.shape[1])
     if given_mask is None and chosen.pad_token_id not in chosen.eos_token_ids:
@@ -79,7 +81,7 @@ class FlaxLongT5ForConditionalGeneration(FlaxLongT5Model):
     params = self._params_or_held(params)
     encoded, mask = self._encoded_bucket(params, ids, mask, encoder_outputs)
     return outputs.FlaxGenerateOutput(*programs.write(
-        self.module, chosen, params, encoded, mask, prompt,
+        self.module, chosen, params, encoded, mask, prompt, prompt_mask,
         jax.random.key(0) if prng_key is None else prng_key))
 
   def _encoded_bucket(self, params, ids, mask, encoder_outputs):
@@ -98,23 +100,33 @@ class FlaxLongT5ForConditionalGeneration(FlaxLongT5Model):
       return self.generation_config
     if isinstance(generation_config, generation.GenerationConfig):
       return generation_config
-    if not isinstance(generation_config, dict):
+    if isinstance(generation_config, dict):
+      generation.check_names(generation_config)
+    elif hasattr(generation_config, 'to_dict'):  # transformers' own.
       generation_config = generation_config.to_dict()
+    else:
+      raise ConfigError(
+          f'generation_config is of type {type(generation_config).__name__}: '
+          'must be a GenerationConfig or a dict of its settings.')
     return generation.GenerationConfig.from_dict(generation_config)
 
-  def _prompt(self, prompt, batch_size, start_id):
+  def _prompt(self, prompt, mask, batch_size, start_id):
+    """What is decoded from, and which of it is seen; None is all."""
     start = jnp.full((batch_size, 1), start_id, jnp.int32)
-    if prompt is None:
-      return start
-    prompt = checks.token_ids(
+    prompt = start if prompt is None else checks.token_ids(
         'decoder_input_ids', prompt, self.config.vocab_size)
     if len(prompt) != batch_size:
       raise ConfigError(f'decoder_input_ids has {len(prompt)} rows: must be '
                         f'{batch_size}, as input_ids.')
+    if mask is not None:
+      mask = checks.attention_mask(
+          'decoder_attention_mask', mask, prompt.shape) > 0
     # As transformers does; inside jit there are no values to look at.
     if checks.has_values(prompt) and not (prompt[:, :1] == start).any():
-      return jnp.concatenate([start, prompt], axis=1)
-    return prompt
+      prompt = jnp.concatenate([start, prompt], axis=1)
+      if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
+    return prompt, mask
 
 
 def shift_tokens_right(

@@ -5,6 +5,8 @@ import json
 import os
 from typing import Any
 
+import numpy as np
+
 from longt5_flax.config import ConfigError, LongT5Config, read_json_object
 from longt5_flax.generation.options import GenerationOptions
 
@@ -14,8 +16,8 @@ FILE = 'generation_config.json'
 _NOT_IMPLEMENTED: dict[str, Any] = {
     'assistant_model': None, 'bad_words_ids': None,
     'begin_suppress_tokens': None, 'constraints': None,
-    'decoder_attention_mask': None, 'diversity_penalty': 0.0,
-    'dola_layers': None, 'encoder_no_repeat_ngram_size': 0,
+    'diversity_penalty': 0.0, 'dola_layers': None,
+    'encoder_no_repeat_ngram_size': 0,
     'encoder_repetition_penalty': 1.0, 'epsilon_cutoff': 0.0,
     'eta_cutoff': 0.0, 'exponential_decay_length_penalty': None,
     'force_words_ids': None, 'forced_decoder_ids': None,
@@ -108,6 +110,13 @@ SETTINGS = tuple(field.name for field in dataclasses.fields(GenerationConfig)
                  if field.name != 'not_implemented')
 
 
+def check_names(settings: dict[str, Any]) -> None:
+  """Raises TypeError if one of the settings that a caller names is unknown."""
+  for name in settings:
+    if name not in (*SETTINGS, *_NOT_IMPLEMENTED, *_WITHOUT_INFLUENCE):
+      raise TypeError(f'generate() has no argument {name!r}.')
+
+
 def merge_settings(
     config: LongT5Config, defaults: GenerationConfig, given: dict[str, Any],
 ) -> dict[str, Any]:
@@ -122,15 +131,14 @@ def merge_settings(
     TypeError: a keyword is unknown.
     ConfigError: a method is asked for that is not implemented.
   """
-  for name in given:
-    if name not in (*SETTINGS, *_NOT_IMPLEMENTED, *_WITHOUT_INFLUENCE):
-      raise TypeError(f'generate() has no argument {name!r}.')
+  check_names(given)
   values = {name: getattr(config, name) for name in (
       'eos_token_id', 'pad_token_id', 'decoder_start_token_id')}
   values |= defaults.to_dict()
   values |= {name: value for name, value in given.items() if value is not None}
   for name, value in _asked(values).items():
-    raise ConfigError(f'generate: {name}={value!r} is not implemented.')
+    shown = ' '.join(repr(value).split())  # Arrays take several lines.
+    raise ConfigError(f'generate: {name}={shown} is not implemented.')
   return {name: values[name] for name in SETTINGS if name in values}
 
 
@@ -147,6 +155,11 @@ def resolve_options(settings: dict[str, Any], is_length_given: bool,
     ConfigError: several ids are to be forced at the end.
     GenerationError: a value breaks its rule.
   """
+  for name, least in (('max_new_tokens', 1), ('min_new_tokens', 0)):
+    value = settings.get(name, least)
+    if not isinstance(value, int | np.integer) or value < least:
+      raise ConfigError(f'generate: {name}={value!r} must be an integer, at '
+                        f'least {least}.')
   values = dict(settings)
   default = GenerationOptions.max_length
   max_new = values.pop('max_new_tokens', None)
@@ -172,8 +185,13 @@ def _asked(values):
   """What asks for a method that is not implemented."""
   return {name: value for name, value in values.items()
           if name in _NOT_IMPLEMENTED and value is not None
-          and value != _NOT_IMPLEMENTED[name]}
+          and not _asks_for_nothing(value, _NOT_IMPLEMENTED[name])}
+
+
+def _asks_for_nothing(value, default):
+  # Not by ==, as it may be an array; no processors at all are none.
+  return (not len(value) if hasattr(value, '__len__') else value == default)
 
 
 def _tuple(ids):
-  return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+  return tuple(np.ravel(ids).tolist()) if np.ndim(ids) else (ids,)

@@ -166,7 +166,8 @@ class FlaxLongT5Model(_FlaxLongT5):
       FlaxCausalLMOutputWithCrossAttentions.
 
     Raises:
-      ConfigError: see `encode`; also if the cache has no room.
+      ConfigError: see `encode`; also if the cache has no room, or was made
+        for other inputs.
     """
     ids = checks.token_ids(
         'decoder_input_ids', decoder_input_ids, self.config.vocab_size)
@@ -175,6 +176,8 @@ class FlaxLongT5Model(_FlaxLongT5):
     mask = checks.attention_mask(
         'encoder_attention_mask', encoder_attention_mask, encoded.shape[:2])
     past, wants = past_key_values, (output_hidden_states, output_attentions)
+    if past:
+      checks.cache(past, self._name_of_encoded(params), encoded.shape)
     checks.decoder_positions(
         decoder_position_ids, ids.shape, _length(past) if past else 0)
     key = self._dropout_key(train, dropout_rng)
@@ -207,11 +210,15 @@ class FlaxLongT5Model(_FlaxLongT5):
 
     Returns:
       For `past_key_values`.
+
+    Raises:
+      ConfigError: there are not `batch_size` rows, or no room for a target.
     """
     encoded = checks.encoder_output(
         encoder_outputs, batch_size, self.config.d_model)
     state = programs.init_cache(
-        self.module, max_length, self._params_or_held(params), encoded)
+        self.module, checks.cache_length(max_length),
+        self._params_or_held(params), encoded)
     return {'cache': state['cache'],
             self._name_of_encoded(params): state['encoded']}
 

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.generation.generate import Generated, generate
 from longt5_flax.generation.options import GenerationOptions
@@ -60,12 +60,14 @@ def init_cache(module: nn.Module, max_length: int, params: Any,
 def write(
     module: nn.Module, options: GenerationOptions, params: Any,
     encoded: Float[Array, 'B L D'], attention_mask: Int[Array, 'B L'],
-    prompt: Int[Array, 'B P'], key: Array,
+    prompt: Int[Array, 'B P'], prompt_mask: Bool[Array, 'B P'] | None,
+    key: Array,
 ) -> Generated:
   """All of decoding; apart from `apply`, so that one program of the encoder
   serves all options."""
   cache = decoding.start(module, params, encoded, attention_mask,
-                         options.max_length - 1, options.rows_per_input)
+                         options.max_length - 1, options.rows_per_input,
+                         prompt_mask)
   return generate(partial(decoding.step, module, params), decoding.reorder,
                   cache, prompt, options, key)
 

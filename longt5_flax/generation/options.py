@@ -74,6 +74,9 @@ class GenerationOptions:
         ('num_return_sequences', 1), ('no_repeat_ngram_size', 0)):
       self._check(name, _is_int(getattr(self, name), least),
                   f'an integer, at least {least}')
+    for name in ('temperature', 'top_p', 'length_penalty',
+                 'repetition_penalty'):
+      self._check(name, _is_finite(getattr(self, name)), 'a finite number')
     self._check('top_p', 0 <= self.top_p <= 1, 'from 0 to 1')
     self._check('repetition_penalty', self.repetition_penalty > 0,
                 'greater than 0')
@@ -112,6 +115,11 @@ class GenerationOptions:
   def rows_per_input(self) -> int:
     """Rows that are decoded for each input."""
     return max(self.num_beams, self.num_return_sequences)
+
+
+def _is_finite(value: Any) -> bool:
+  return isinstance(value, int | float | np.number) and bool(
+      np.isfinite(value))
 
 
 def _is_int(value: Any, least: int) -> bool:

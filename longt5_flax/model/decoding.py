@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class DecodingCache(NamedTuple):
@@ -19,10 +19,12 @@ class DecodingCache(NamedTuple):
     encoded: keys and values of the encoder's output, [B, L, H, K]: one row for
       each input, however many rows are decoded from it.
     targets: those of the tokens so far, [rows, room, H, K], and their number.
+    target_mask: which tokens later ones may see; None is all.
   """
   encoder_segment_ids: Int[Array, 'B L']
   encoded: dict[str, Any]
   targets: dict[str, Any]
+  target_mask: Bool[Array, 'rows room'] | None
 
 
 def start(
@@ -32,6 +34,7 @@ def start(
     encoder_segment_ids: Int[Array, 'B L'],
     room: int,
     rows_per_input: int = 1,
+    prompt_mask: Bool[Array, 'B P'] | None = None,
 ) -> DecodingCache:
   """The cache before the first token.
 
@@ -44,11 +47,19 @@ def start(
       needs n - 1.
     rows_per_input: rows = B * rows_per_input will be decoded, those of an
       input standing together.
+    prompt_mask: which of the first P tokens, of each input, later ones may
+      see; what follows them is seen. By default all are.
   """
   _, state = model.apply(
       {'params': params}, encoder_output, room, rows_per_input,
       method='init_cache', mutable=['encoded', 'cache'])
-  return DecodingCache(encoder_segment_ids, state['encoded'], state['cache'])
+  if prompt_mask is not None:
+    after = room - prompt_mask.shape[1]
+    prompt_mask = jnp.repeat(jnp.pad(
+        prompt_mask, ((0, 0), (0, after)), constant_values=True),
+                             rows_per_input, axis=0)
+  return DecodingCache(
+      encoder_segment_ids, state['encoded'], state['cache'], prompt_mask)
 
 
 def step(
@@ -60,7 +71,7 @@ def step(
   """Float32 logits after the last token, and the cache with all of them."""
   logits, state = model.apply(
       {'params': params, 'encoded': cache.encoded, 'cache': cache.targets},
-      tokens, cache.encoder_segment_ids,
+      tokens, cache.encoder_segment_ids, cache.target_mask,
       method='decode_step', mutable=['cache'])
   return logits[:, -1], cache._replace(targets=state['cache'])
 
@@ -68,7 +79,7 @@ def step(
 def reorder(cache: DecodingCache, rows: Int[Array, 'rows']) -> DecodingCache:
   """The cache in which row i continues what was row `rows[i]`.
 
-  A row must come from the same input.
+  A row must come from the same input, whose rows have one mask.
   """
   # Stacked layers have one more axis, in front.
   targets = jax.tree.map(

@@ -115,6 +115,38 @@ def test_prompt_gets_the_start_token_if_no_row_has_it():
     np.testing.assert_array_equal(written.sequences, expected)
 
 
+def test_masked_part_of_a_prompt_is_not_there():
+  """A prompt padded in front writes what it does without the padding."""
+  case = golden.load('hf_tglobal_untied')
+  ids, mask = case['input_ids'], case['attention_mask']
+  write = functools.partial(
+      model_of('hf_tglobal_untied').generate, num_beams=3, max_new_tokens=6)
+  prompt, prompt_mask = np.full((5, 4), 57), np.ones((5, 4), int)
+  prompt[:, 2] = prompt[0, 0] = 0
+  prompt_mask[1, :2] = 0
+  padded = write(ids, attention_mask=mask, decoder_input_ids=prompt,
+                 decoder_attention_mask=prompt_mask)
+  bare = write(ids[1:2], attention_mask=mask[1:2], decoder_input_ids=[[0, 57]])
+  np.testing.assert_array_equal(
+      padded.sequences[1, -6:], bare.sequences[0, -6:])
+  golden.assert_close(padded.scores[1:2], bare.scores)
+
+
+def test_start_token_put_before_a_masked_prompt_is_seen():
+  case = golden.load('hf_tglobal_untied')
+  write = functools.partial(
+      model_of('hf_tglobal_untied').generate, case['input_ids'],
+      max_new_tokens=6)
+  prompt, mask = np.full((5, 2), 57), np.tile([0, 1], (5, 1))
+  front = ((0, 0), (1, 0))
+  expected = write(
+      decoder_input_ids=np.pad(prompt, front),
+      decoder_attention_mask=np.pad(mask, front, constant_values=1))
+  np.testing.assert_array_equal(
+      write(decoder_input_ids=prompt, decoder_attention_mask=mask).sequences,
+      expected.sequences)
+
+
 def test_draws_by_key():
   case = golden.load('hf_tglobal_untied')
   write = functools.partial(
@@ -154,8 +186,9 @@ def options_of(defaults=None, prompt_length=1, **given):
     ({'forced_eos_token_id': [1], 'max_length': 9}, {},
      {'forced_eos_token_id': 1, 'max_length': 9}),
     ({'typical_p': 1.0, 'transformers_version': '4.57.6', 'max_length': 9},
-     {'use_cache': True, 'num_beam_groups': 1, 'suppress_tokens': None},
-     {'max_length': 9}),
+     {'use_cache': True, 'num_beam_groups': 1, 'suppress_tokens': None,
+      'logits_processor': [], 'eos_token_id': np.array([1, 7])},
+     {'max_length': 9, 'eos_token_ids': (1, 7)}),
 ])
 def test_options_of_settings(defaults, given, expected):
   assert options_of(defaults, **given) == dataclasses.replace(
@@ -177,11 +210,26 @@ def test_a_prompt_is_part_of_max_length():
     ({'forced_eos_token_id': [1, 2]}, ConfigError,
      'generate: forced_eos_token_id=[1, 2] must be one id.'),
     ({'max_length': 1}, GenerationError, 'max_length=1 must be greater'),
+    ({'max_new_tokens': 0}, ConfigError,
+     'generate: max_new_tokens=0 must be an integer, at least 1.'),
+    ({'min_new_tokens': 1.5}, ConfigError,
+     'generate: min_new_tokens=1.5 must be an integer, at least 0.'),
+    ({'generation_config': {'max_lenght': 3}}, TypeError,
+     "generate() has no argument 'max_lenght'."),
+    ({'generation_config': 'fast'}, ConfigError,
+     'generation_config is of type str: must be a GenerationConfig or a dict'),
+    ({'bad_words_ids': np.array([[3], [4]])}, ConfigError,
+     'generate: bad_words_ids=array([[3], [4]]) is not implemented.'),
     ({'num_beams': 0}, GenerationError, 'num_beams=0 must be an integer'),
     ({'attention_mask': np.ones((5, 3))}, ConfigError,
      'attention_mask has shape (5, 3): must be (5, 37).'),
     ({'decoder_input_ids': np.ones((2, 3), int)}, ConfigError,
      'decoder_input_ids has 2 rows: must be 5, as input_ids.'),
+    ({'decoder_input_ids': np.ones((5, 3), int),
+      'decoder_attention_mask': np.ones((5, 2))}, ConfigError,
+     'decoder_attention_mask has shape (5, 2): must be (5, 3).'),
+    ({'decoder_attention_mask': np.ones((5, 2))}, ConfigError,
+     'decoder_attention_mask has shape (5, 2): must be (5, 1).'),
     ({'decoder_input_ids': np.full((5, 3), 96)}, ConfigError,
      'decoder_input_ids holds the id 96: must be in [0, vocab_size=96).'),
 ])

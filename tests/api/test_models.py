@@ -318,8 +318,8 @@ def decode(**arguments):
 
 def decode_step(room=2, **arguments):
   cache = model_of().init_cache(2, room, whole()[0])
-  return decode(decoder_input_ids=TARGETS[:, :2], past_key_values=cache,
-                **arguments)
+  return decode(**{'decoder_input_ids': TARGETS[:, :2],
+                   'past_key_values': cache} | arguments)
 
 
 @pytest.mark.parametrize('method, arguments, message', [
@@ -328,6 +328,8 @@ def decode_step(room=2, **arguments):
     (call, {'input_ids': INPUTS[:, :0]},
      'input_ids has shape (2, 0): must be [batch, length], none of them 0.'),
     (call, {'input_ids': [[1, 2], [3]]}, 'input_ids is no array ('),
+    (call, {'input_ids': 'A text'},
+     'input_ids is of dtype <U6: must be integers.'),
     (call, {'input_ids': INPUTS * 1.0},
      'input_ids is of dtype float64: must be integers.'),
     (call, {'input_ids': INPUTS - INPUTS + 71},
@@ -345,7 +347,7 @@ def decode_step(room=2, **arguments):
      'encoder_outputs must be what encode() returns, or a tuple'),
     (decode, {'encoder_outputs': (np.zeros((1, 21, 16)),)},
      'encoder_outputs[0] has shape (1, 21, 16): must be (2, length, '
-     'd_model=16).'),
+     'd_model=16), for 2 rows to decode.'),
     (decode, {'decoder_position_ids': np.zeros((2, 7), int)},
      'decoder_position_ids must count up from 0 in every row'),
     (decode, {'decoder_position_ids': np.zeros((2, 8), int)},
@@ -355,6 +357,18 @@ def decode_step(room=2, **arguments):
      'has 2 more.'),
     (decode_step, {'decoder_attention_mask': np.ones((2, 3))},
      'decoder_attention_mask has shape (2, 3): must be (2, 2).'),
+    (decode_step, {'encoder_outputs': (np.zeros((2, 20, 16)),),
+                   'encoder_attention_mask': None},
+     'past_key_values is for inputs of shape (2, 21): encoder_outputs[0] has '
+     '(2, 20).'),
+    (decode_step, {'decoder_input_ids': TARGETS[:1, :2],
+                   'encoder_outputs': (np.zeros((1, 21, 16)),),
+                   'encoder_attention_mask': None},
+     'past_key_values is for inputs of shape (2, 21): encoder_outputs[0] has '
+     '(1, 21).'),
+    (decode, {'past_key_values': {'decoder': {}}},
+     'past_key_values must be what init_cache() or the last decode()'),
+    (decode_step, {'room': 0}, 'max_length=0 must be an integer, at least 1.'),
     (decode_step, {'train': True, 'dropout_rng': jax.random.key(0)},
      'train=True does not go with past_key_values.'),
 ])

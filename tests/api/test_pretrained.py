@@ -171,6 +171,8 @@ def test_sizes(size, number):
 
 @pytest.mark.parametrize('arguments, error, message', [
     ({'max_shard_size': '5 boxes'}, ConfigError, "max_shard_size='5 boxes'"),
+    ({'max_shard_size': 0}, ConfigError, 'max_shard_size=0 must be'),
+    ({'max_shard_size': '0GB'}, ConfigError, "max_shard_size='0GB' must be"),
     ({'push_to_hub': True}, ConfigError, 'writes to disk only'),
     ({'dtypes': 1}, TypeError, "no argument 'dtypes'"),
     ({'params': {}}, ConfigError, 'has shape None: must be'),
