@@ -150,24 +150,21 @@ class FlaxLongT5Model(_FlaxLongT5):
 
     Args:
       decoder_input_ids: [B, T].
-      encoder_outputs: what `encode` returned.
-      encoder_attention_mask: what `encode` was given.
+      encoder_outputs, encoder_attention_mask: what `encode` gave and got.
       decoder_attention_mask: [B, T], 1 for targets that later ones see; with a
         cache [B, max_length], or [B, 1] for all.
       past_key_values: from `init_cache` or the last call's output; the T
         targets come after those that it holds.
-      output_attentions, output_hidden_states, return_dict, train, params,
-        dropout_rng: see `encode`; no dropout with a cache.
-      decoder_position_ids: [B, T]; may be given, and must then count up:
-        LongT5 has relative positions only.
+      decoder_position_ids: [B, T]; if given, must count up: LongT5 has
+        relative positions only.
+      The rest: see `encode`; no dropout with a cache.
 
     Returns:
       FlaxBaseModelOutputWithPastAndCrossAttentions; with an output layer
       FlaxCausalLMOutputWithCrossAttentions.
 
     Raises:
-      ConfigError: see `encode`; also if the cache has no room, or was made
-        for other inputs.
+      ConfigError: see `encode`; also if the cache is full or of other inputs.
     """
     ids = checks.token_ids(
         'decoder_input_ids', decoder_input_ids, self.config.vocab_size)

@@ -2,8 +2,8 @@
 
 Forward and backward hold one tile of scores at a time, on the chip; biases are
 made inside from their vectors over offsets, and their gradients summed tile by
-tile (`fused_kernels`). Results do not depend on the order in which programs
-run.
+tile (`kernels/fused_attention_triton.py`). Results do not depend on the order
+in which programs run.
 
 Products take their operands in the compute dtype and sum in float32. For
 float16 operands are TF32 numbers, of the same precision and the exponents of
@@ -23,15 +23,32 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import ConfigError
-from longt5_flax.model import fused_kernels as kernels
 from longt5_flax.model.attention import GlobalTokens
-from longt5_flax.model.fused_kernels import LOG2_E, MASKED, Geometry
+from longt5_flax.model.kernels import fused_attention_triton as kernels
+from longt5_flax.model.kernels.fused_attention_triton import (
+    LOG2_E,
+    MASKED,
+    Geometry,
+)
 from longt5_flax.model.relative_position import toeplitz
 
 # Programs that share the work of one tile in the backward pass, where there
 # are few tiles and each has much to do.
 _PARTS = 8
 
+
+class KernelOptions(NamedTuple):
+  """How kernels are run; results are the same within rounding.
+
+  Attributes:
+    tile: tokens of a tile; a power of two, 16 or more.
+    interpret: on any device, slowly, for tests.
+  """
+  tile: int = 64
+  interpret: bool = False
+
+
+_ON_A_GPU = KernelOptions()
 
 def fused_attention(
     query: Float[Array, 'B L H K'],
@@ -41,8 +58,7 @@ def fused_attention(
     segment_ids: Int[Array, 'B L'],
     side: GlobalTokens | None,
     dtype: DTypeLike,
-    tile: int = 64,
-    interpret: bool = False,
+    options: KernelOptions = _ON_A_GPU,
 ) -> Float[Array, 'B L H K']:
   """What `local_attention` attends to; zeros at padding.
 
@@ -51,19 +67,18 @@ def fused_attention(
 
   Args:
     query, key, value, bias, segment_ids, side, dtype: see `local_attention`.
-    tile: tokens of a tile; a power of two, 16 or more.
-    interpret: run on any device, slowly, for tests.
+    options: how the kernels are run.
 
   Raises:
     ConfigError: the device is no GPU.
   """
-  if not interpret and jax.default_backend() != 'gpu':
+  if not options.interpret and jax.default_backend() != 'gpu':
     raise ConfigError("attention='fused' needs an NVIDIA GPU, not "
                       f'{jax.default_backend()!r}.')
   arrays = () if side is None else side[:-1]
   attend = partial(
       _attend, block_size=None if side is None else side.block_size,
-      dtype=dtype, tile=tile, interpret=interpret)
+      dtype=dtype, options=options)
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
     rows = _mesh_axes(mesh, 'batch', query.shape[0])
@@ -73,8 +88,8 @@ def fused_attention(
     sides = (tokens, tokens, table, ids, ids) if arrays else ()
     attend = jax.shard_map(
         attend, mesh=mesh, out_specs=tokens, check_vma=False,
-        in_specs=(tokens, tokens, tokens, table, ids, *sides))
-  return attend(query, key, value, bias, segment_ids, *arrays)
+        in_specs=((tokens, tokens, tokens), table, ids, *sides))
+  return attend((query, key, value), bias, segment_ids, *arrays)
 
 
 def _mesh_axes(mesh, name, size):
@@ -85,10 +100,10 @@ def _mesh_axes(mesh, name, size):
   return axes if axes and size % parts == 0 else None
 
 
-def _attend(query, key, value, bias, segment_ids, *side, block_size, dtype,
-            tile, interpret):
-  """`fused_attention` on one device."""
-  _, length, _, size = query.shape
+def _attend(tokens, bias, segment_ids, *side, block_size, dtype, options):
+  """`fused_attention` of (query, key, value), on one device."""
+  _, length, _, size = tokens[0].shape
+  tile = options.tile
   operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
   fill = max(16, 1 << (size - 1).bit_length()) - size
 
@@ -109,14 +124,14 @@ def _attend(query, key, value, bias, segment_ids, *side, block_size, dtype,
   geometry = Geometry(
       tile, -(-(bias.shape[1] // 2) // tile), rows, near,
       jax.lax.Precision.DEFAULT if dtype == jnp.float16 else
-      jax.lax.Precision.HIGHEST, interpret)
+      jax.lax.Precision.HIGHEST, options.interpret)
   if side:
     layout = _layout(geometry, reach, segment_ids, side_segments, block_ids)
     side = prepare(side_key), prepare(side_value), side_bias
   output = _fused(
-      geometry, *(prepare(x, tile) for x in (query, key, value)), bias,
+      geometry, *(prepare(x, tile) for x in tokens), bias,
       segment_ids, layout, side)
-  return output[:, :length, :, :size].astype(query.dtype)
+  return output[:, :length, :, :size].astype(tokens[0].dtype)
 
 
 class _Layout(NamedTuple):
@@ -240,12 +255,12 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   offsets = jnp.arange(-shift, reach + 2 * geometry.rows)
   index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
   tiles = kernels.GlobalTiles(
-      key, value, layout.segment_ids, layout.bounds, layout.firsts,
-      _split(geometry, key.dtype, bias[:, index + reach]))
+      key, value, layout.segment_ids, layout.bounds, layout.firsts, layout.rows,
+      _split(geometry, key.dtype, bias[:, index + reach]), arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
-          geometry, tokens, arrays, tiles, shift, rows, _PARTS))
+          geometry, tokens, tiles, shift, rows, _PARTS))
   d_near, d_far = (jnp.sum(x, axis=(0, 2)) for x in d_rows)
   d_bias, = jax.linear_transpose(partial(_near_rows, geometry), bias)(d_near)
   d_bias = d_bias.at[:, 0].add(d_far[:, 0]).at[:, -1].add(d_far[:, 1])

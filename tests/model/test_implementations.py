@@ -15,7 +15,7 @@ from longt5_flax.config import ConfigError
 from longt5_flax.model import encoder
 from longt5_flax.model.attention import GlobalTokens, local_attention
 from longt5_flax.model.chunked_attention import chunked_attention
-from longt5_flax.model.fused_attention import fused_attention
+from longt5_flax.model.fused_attention import KernelOptions, fused_attention
 from longt5_flax.model.global_tokens import (
     assign_global_blocks,
     segment_positions,
@@ -33,8 +33,11 @@ LAYOUTS = {
 }
 # The length of rows, and of a tile of fused attention.
 SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64)}
-fused = functools.partial(fused_attention, interpret=True)
 on_gpu = pytest.mark.gpu
+
+
+def fused(*inputs, tile=64):
+  return fused_attention(*inputs, KernelOptions(tile, interpret=True))
 
 
 def segments(rows, length):

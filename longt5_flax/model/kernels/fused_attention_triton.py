@@ -79,7 +79,8 @@ class Globals(NamedTuple):
   Attributes:
     key, value: [B, P, H, K], padded on both sides so that no window leaves it.
     segment_ids: [B, P], 0 is none.
-    rows: [B, L], which row of its tile's one-hot matrix a token has; -1: none.
+    rows: [B, L], which row of its tile's one-hot matrix a token has. Without a
+      block, -1: its segment has no global token that it could see.
     spans: [B, L / tile, 3]: where the near window of a query tile begins in P,
       and how many far tiles lie before and behind it.
     near_bias: [parts, H, rows, near], whose parts add up.
@@ -104,15 +105,19 @@ class GlobalTiles(NamedTuple):
       the first to the last: where those begin to which it is far behind, near,
       far before, and where they end.
     firsts: [B, L / tile], the block that has row 0 in a query tile.
+    rows: see `Globals`.
     bias: [parts, H, offsets, tile]: row o is the bias at offsets from
       o - shift on, where `shift` is an argument.
+    far_bias: see `Globals`.
   """
   key: Any
   value: Any
   segment_ids: Any
   bounds: Any
   firsts: Any
+  rows: Any
   bias: Any
+  far_bias: Any
 
 
 def _dot(geometry, a, b):
@@ -144,15 +149,9 @@ def _spread(geometry, one_hot, parts):
   return sum(_dot(geometry, one_hot, part) for part in parts)
 
 
-def _far(rows, bias):
-  """[tile, 1]: one number for all global tokens; 0 without a block."""
-  return jnp.where(rows >= 0, bias, 0.0)[:, None]
-
-
 class _Side(NamedTuple):
   """One query tile's view of the global tokens, inside a kernel."""
   refs: Globals
-  rows: Any
   one_hot: Any
   window: Any
   before: Any
@@ -167,12 +166,11 @@ class _Side(NamedTuple):
                                  range(bias.shape[0])])
 
   def far_before(self, geometry, i):
-    return (self.window - (i + 1) * geometry.tile,
-            _far(self.rows, self.refs.far_bias[0]))
+    return (self.window - (i + 1) * geometry.tile, self.refs.far_bias[0])
 
   def far_behind(self, geometry, i):
     return (self.window + geometry.near + i * geometry.tile,
-            _far(self.rows, self.refs.far_bias[1]))
+            self.refs.far_bias[1])
 
   def load(self, geometry, start):
     part = pl.ds(start, geometry.tile)
@@ -182,7 +180,7 @@ class _Side(NamedTuple):
 
 def _side(geometry, refs, tile):
   rows = refs.rows[_at(tile, geometry.tile)]
-  return _Side(refs, rows, _one_hot(geometry, rows, refs.near_bias.dtype),
+  return _Side(refs, _one_hot(geometry, rows, refs.near_bias.dtype),
                *(refs.spans[i] for i in range(3)))
 
 
@@ -312,7 +310,7 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
         (side.far_before, side.before), (side.far_behind, side.behind)]):
       d_query, d_bias = jax.lax.fori_loop(
           0, count, partial(far, where), (d_query, zeros))
-      d_far_ref[i] = jnp.sum(jnp.where(side.rows >= 0, d_bias, 0.0))
+      d_far_ref[i] = jnp.sum(d_bias)
   d_query_ref[...] = d_query.astype(d_query_ref.dtype)
 
 
@@ -345,38 +343,38 @@ def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
 
-def _backward_side(geometry, shift, parts, tokens, rows_ref, far_bias, side,
-                   rows, d_key_ref, d_value_ref):
+def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
+                   d_value_ref):
   """Part p of the query tiles that a tile of global tokens is seen by."""
-  tile, part = pl.program_id(2), pl.program_id(3)
+  tile, part, parts = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
   keys = side.key[...], side.value[...], side.segment_ids[...]
   start, near, far, end = (side.bounds[i] for i in range(4))
   size = (end - start + parts - 1) // parts
   start = start + part * size
   end = jnp.minimum(start + size, end)
 
-  def behind(i, token_rows):
+  def behind(i):
     del i
-    return _far(token_rows, far_bias[1])
+    return side.far_bias[1]
 
-  def within(i, token_rows):
+  def within(i):
     # Row r of the one-hot matrix is block firsts[i] + r; the rows of the bias
     # go up with the offset, hence down with the block.
     offset = tile * geometry.tile - side.firsts[i] - geometry.rows + 1
     lines = pl.ds(offset + shift, geometry.rows)
+    token_rows = side.rows[_at(i, geometry.tile)]
     from_last = jnp.where(token_rows >= 0, geometry.rows - 1 - token_rows, -1)
     one_hot = _one_hot(geometry, from_last, side.bias.dtype)
     return _spread(geometry, one_hot, [side.bias[p, lines, :]
                                        for p in range(side.bias.shape[0])])
 
-  def before(i, token_rows):
+  def before(i):
     del i
-    return _far(token_rows, far_bias[0])
+    return side.far_bias[0]
 
   def of_query_tile(bias, i, carry):
-    token_rows = rows_ref[_at(i, geometry.tile)]
     return _key_value_gradient(
-        geometry, carry, tokens, i, keys, bias(i, token_rows), rows)
+        geometry, carry, tokens, i, keys, bias(i), rows)
 
   zeros = jnp.zeros(keys[0].shape, jnp.float32)
   carry = zeros, zeros
@@ -529,14 +527,14 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
 
 
 def backward_side(
-    geometry: Geometry, tokens: Tokens, side: Globals, tiles: GlobalTiles,
-    shift: int, rows: Rows, parts: int
+    geometry: Geometry, tokens: Tokens, tiles: GlobalTiles, shift: int,
+    rows: Rows, parts: int
 ) -> tuple[jax.Array, jax.Array]:
   """The gradients of global keys and values, [parts, B, S, H, K] in float32;
   they are the sums over parts.
 
   Args:
-    geometry, tokens, side, rows: as of the other kernels.
+    geometry, tokens, rows: as of the other kernels.
     tiles: the global tokens.
     shift: see `GlobalTiles`.
     parts: programs that share a tile's queries.
@@ -545,18 +543,18 @@ def backward_side(
   key = _tiles(tiles.key, geometry.tile)
   specs = GlobalTiles(
       key, key, _tiles(tiles.segment_ids, geometry.tile),
-      _of_tile(tiles.bounds), _whole(tiles.firsts), _by_head(tiles.bias, 1))
+      _of_tile(tiles.bounds), _whole(tiles.firsts), _whole(tiles.rows),
+      _by_head(tiles.bias, 1), _by_head(tiles.far_bias))
   out = pl.BlockSpec((None, None, geometry.tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   shape = jax.ShapeDtypeStruct(
       (parts, batch, globals_, heads, size), jnp.float32)
   return _call(
-      geometry, partial(_backward_side, geometry, shift, parts),
+      geometry, partial(_backward_side, geometry, shift),
       (batch, heads, globals_ // geometry.tile, parts),
-      [_token_specs(tokens, _whole(tokens.query)), _whole(side.rows),
-       _by_head(side.far_bias), specs, _row_specs(rows)],
+      [_token_specs(tokens, _whole(tokens.query)), specs, _row_specs(rows)],
       [out, out], [shape, shape], 'longt5_attention_backward_side')(
-          tokens, side.rows, side.far_bias, tiles, rows)
+          tokens, tiles, rows)
 
 
 def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
