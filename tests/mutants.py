@@ -394,6 +394,12 @@ MUTANTS = [
            '(1 + max(1, len(options.eos_token_ids)))', '2',
            'tests/generation/test_beam_search.py'
            '::test_enough_go_on_where_most_tokens_end'),
+    Mutant('span lengths one token short', 'longt5_flax/data/span_corruption.py',
+           '> inputs_length:', '>= inputs_length:',
+           'tests/data/test_span_corruption.py::test_published_lengths'),
+    Mutant('a killed sweep keeps old minutes', 'longt5_flax/sweep.py',
+           'folder.note(run, None, None)', 'pass',
+           'tests/test_sweep.py::test_minutes_of_a_killed_sweep_are_not_known'),
     Mutant('cache not reordered', 'longt5_flax/model/decoding.py',
            'leaf if leaf.ndim == 0 else', 'leaf if True else',
            'tests/model/test_decoding.py'
