@@ -394,7 +394,29 @@ MUTANTS = [
            '(1 + max(1, len(options.eos_token_ids)))', '2',
            'tests/generation/test_beam_search.py'
            '::test_enough_go_on_where_most_tokens_end'),
-    Mutant('span lengths one token short', 'longt5_flax/data/span_corruption.py',
+    # Evaluation.
+    Mutant('sentences of a summary on one line',
+           'longt5_flax/evaluation/metrics.py', "' .\\n'", "' . '",
+           'tests/evaluation/test_metrics.py::test_rouge_is_what_t5_reports'),
+    Mutant('punctuation of TriviaQA without quotes',
+           'longt5_flax/evaluation/metrics.py',
+           'string.punctuation + _QUOTES', 'string.punctuation',
+           'tests/evaluation/test_metrics.py'
+           '::test_answers_are_scored_as_t5_does'),
+    Mutant('the bootstrap is not paired',
+           'longt5_flax/evaluation/bootstrap.py',
+           'RandomState(seed)', 'RandomState()',
+           'tests/evaluation/test_metrics.py'
+           '::test_paired_bootstrap_sees_a_small_steady_gain'),
+    Mutant('the first reference counts',
+           'longt5_flax/evaluation/metrics.py',
+           'max(_f1(prediction, target) for target in targets)',
+           '_f1(prediction, targets[0])',
+           'tests/evaluation/test_metrics.py'
+           '::test_answers_are_scored_as_t5_does'),
+
+    Mutant('span lengths one token short',
+           'longt5_flax/data/span_corruption.py',
            '> inputs_length:', '>= inputs_length:',
            'tests/data/test_span_corruption.py::test_published_lengths'),
     Mutant('a killed sweep keeps old minutes', 'longt5_flax/sweep.py',
