@@ -28,10 +28,12 @@ import longt5_flax
 from longt5_flax.command_line import MISTAKES, one_line
 from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
+from longt5_flax.evaluator import make_evaluator
 from longt5_flax.inputs import make_inputs
 from longt5_flax.interop.orbax import checkpoint_steps
 from longt5_flax.samples import write_samples
 from longt5_flax.training import distributed, partitioning, run_config
+from longt5_flax.training.best import BestCheckpoint
 from longt5_flax.training.checkpoints import (
     Checkpoints,
     abstract_state,
@@ -74,6 +76,7 @@ def main(config, workdir):
   model = run_config.make_model(config)
   vocabulary, batches, held_out, corpus = make_inputs(
       config, model.config, rows, partitioning.row_shard(mesh, batch_size))
+  evaluator = make_evaluator(config, model, vocabulary, mesh)
 
   # --- Model, optimizer, state ------------------------------------------------
   schedule = make_schedule(**config.schedule, steps=config.steps)
@@ -87,9 +90,11 @@ def main(config, workdir):
   abstract = abstract_state(abstract, shardings)
 
   # --- Restore ----------------------------------------------------------------
-  values = run_config.resolved(config)
+  values = run_config.resolved(config) | {'vocabulary': vocabulary.fingerprint}
+  best = BestCheckpoint(workdir, config.eval.keep_best,
+                        max(checkpoint_steps(workdir), default=0))
   checkpoints, state, streams, notes = restore(
-      config, values, workdir, abstract, new_state, optimizer)
+      config, values, workdir, abstract, new_state, optimizer, best)
   if streams is not None:
     batches.set_state(streams)
   first_step = int(state.step)
@@ -115,6 +120,10 @@ def main(config, workdir):
                 jax.device_count())
   stop = StopRequest()
 
+  def is_decode(step):
+    every = config.eval.decode_every_steps
+    return evaluator and (step % every == 0 or step == config.steps)
+
   def finish(step, metrics):
     """Writes the metrics of a step, once the next one is on its way."""
     metrics = jax.device_get(metrics)
@@ -131,7 +140,13 @@ def main(config, workdir):
 
   with partitioning.active(mesh), batches:
     pending = None
+    if first_step and is_decode(first_step) and first_step not in best:
+      decode(evaluator, state.params, workdir, first_step, report, writer, best)
     for step in range(first_step + 1, config.steps + 1):
+      if best.is_over(config.eval.patience):
+        report.say(f'Ends at step {step - 1}: the best {config.eval.keep_best} '
+                   f'is of step {best.step}.')
+        break
       profile(config.profile, step - first_step, workdir)
       batch = partitioning.global_batch(
           mesh, rows, meter.take(batches), batch_size)
@@ -143,8 +158,9 @@ def main(config, workdir):
       is_last = step == config.steps or stopping
       is_eval = held_out and (step % config.eval.every_steps == 0
                               or step == config.steps)
-      is_save = is_last or step % config.checkpoint.every_steps == 0
-      if is_eval or is_save:
+      is_save = (is_last or step % config.checkpoint.every_steps == 0
+                 or config.eval.keep_best and is_decode(step))
+      if is_eval or is_save or is_decode(step):
         finish(*pending)
         pending = None
         start = time.perf_counter()
@@ -154,6 +170,8 @@ def main(config, workdir):
         if is_save:
           states = distributed.gather_states(batches.get_state())
           checkpoints.save(step, state, states, values)
+        if is_decode(step) and not stopping:  # Else the next start does it.
+          decode(evaluator, state.params, workdir, step, report, writer, best)
         meter.leave_out(time.perf_counter() - start)
       if stopping:
         break
@@ -176,7 +194,7 @@ def main(config, workdir):
   return 0
 
 
-def restore(config, values, workdir, abstract, new_state, optimizer):
+def restore(config, values, workdir, abstract, new_state, optimizer, best):
   """Where the run begins: its checkpoints, state, stream states (or None), and
   lines that say what was read.
 
@@ -192,7 +210,8 @@ def restore(config, values, workdir, abstract, new_state, optimizer):
         abstract.params)
   # Makes the folder, so only after all that can be refused.
   checkpoints = Checkpoints(
-      os.path.join(workdir, 'checkpoints'), config.checkpoint)
+      os.path.join(workdir, 'checkpoints'), config.checkpoint,
+      lambda: best.step)
   if latest is not None:
     check_same_run(checkpoints.config(latest), values, workdir)
     return checkpoints, *checkpoints.restore(latest, abstract), ()
@@ -219,6 +238,19 @@ def evaluate(eval_step, params, held_out, mesh, report, writer, step):
              f'accuracy {metrics["accuracy"]:.3f}')
   if writer:
     writer.write(step, 'validation', metrics)
+
+
+def decode(evaluator, params, workdir, step, report, writer, best):
+  """Predictions for the validation examples, and their scores."""
+  scores = evaluator(
+      params, os.path.join(workdir, 'eval', str(step)),
+      f'run:{workdir}/checkpoints/{step}', report, replace=True)
+  means = {name: score.mean for name, score in scores.items()}
+  report.say(f'step {step}  ' + '  '.join(
+      f'{name} {mean:.2f}' for name, mean in means.items()))
+  if writer:
+    writer.write(step, 'scores', means)
+  best.add(step, means[evaluator.counts], write=distributed.is_main())
 
 
 def profile(settings, step, workdir):

@@ -195,6 +195,25 @@ def get_config() -> ml_collections.ConfigDict:
   # wrote in its place.
   config.eval.samples = 0
   config.eval.sample_length = 64  # Tokens that the model may write.
+  # What scores predictions for the examples of data.validation_path: rouge,
+  # rouge_stemmed, squad, trivia_qa, or a task of SCROLLS; '': the loss is all.
+  config.eval.metric = ''
+  # Predictions and scores in training, and at its end; 0: only by eval.py.
+  config.eval.decode_every_steps = 0
+  # In training, of the first so many examples; 0: of all, as eval.py's.
+  config.eval.max_examples = 0
+  config.eval.batch_size = 32  # Examples decoded at a time, over all devices.
+  config.eval.num_beams = 1  # 1: greedy.
+  config.eval.max_decode_length = 0  # In tokens; 0: data.targets_length.
+  # A beam's score is its log-probability / tokens ** length_penalty.
+  config.eval.length_penalty = 1.0
+  # No n-gram of this size occurs twice; 0: no such rule.
+  config.eval.no_repeat_ngram_size = 0
+  # The score, such as rougeLsum, whose best checkpoint is kept besides the
+  # newest ones; '': none. How many evaluations in turn may be no better before
+  # the run ends; 0: any number.
+  config.eval.keep_best = ''
+  config.eval.patience = 0
 
   # A profiler trace of num_steps steps, for TensorBoard, from first_step on.
   config.profile = ml_collections.ConfigDict()
