@@ -60,14 +60,23 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.decoder_start_token_id = placeholder(int)
 
   config.data = ml_collections.ConfigDict()
-  # jsonl: one JSON object a line; text: one document a file; arrayrecord: a
-  # folder of longt5_flax.prepare; seqio: a task (docs/data.md).
+  # jsonl: one JSON object a line; tsv: one example a line, the first one names
+  # columns; text: one document a file; arrayrecord: a folder of
+  # longt5_flax.prepare; seqio: a task (docs/data.md).
   config.data.source = 'jsonl'
   # Files or globs, separated by commas, plain, .gz, .xz or .zst; or the folder.
   config.data.path = ''
   # Held-out documents; '' for no evaluation.
   config.data.validation_path = ''
   config.data.field = 'text'  # Of a JSON object.
+  # Of objective supervised: fields or columns. References, a list of texts to
+  # score by, and an id may be missing under these names: they are then the
+  # targets and the number of the line.
+  config.data.inputs_field = 'inputs'
+  config.data.targets_field = 'targets'
+  config.data.references_field = 'references'
+  config.data.id_field = 'id'
+  config.data.prefix = ''  # Before the inputs; LongT5 was trained without.
   # A broken line: 'raise' names file and line; 'skip' counts them.
   config.data.on_bad_record = 'raise'
   # Of source seqio: a task or mixture; the Python module that registers it, ''
@@ -85,12 +94,17 @@ def get_config() -> ml_collections.ConfigDict:
   # pieces, as in seqio.
   config.data.extra_ids = 100
   # gap_sentences, span_corruption, or a mix of them, drawn for each document:
-  # 'gap_sentences:1,span_corruption:1'. With source seqio the task decides.
+  # 'gap_sentences:1,span_corruption:1'. supervised: examples of inputs and
+  # targets. With source seqio the task decides.
   config.data.objective = 'gap_sentences'
   # What becomes of a document longer than the inputs. 'cut': as published, all
   # of it is scored and the input cut, so that targets may lie beyond it.
   # 'pieces': consecutive pieces, each scored by itself.
   config.data.long_documents = 'cut'
+  # Supervised inputs longer than the limit, prefix and end included. 'cut_end'
+  # keeps their beginning; 'cut_middle' as much of the beginning as of the end;
+  # 'leave_out' does not use the example; 'refuse' ends the run. It is counted.
+  config.data.long_inputs = 'cut_end'
   config.data.inputs_length = 4096
   config.data.targets_length = 910
   # Rows of a step, over all devices and microbatches.

@@ -234,7 +234,8 @@ def refused(capsys, command):
     ([], {'data__source': 'arrayrecord'},
      "data.source='arrayrecord' is prepared already."),
     ([], {'data__source': 'csv'},
-     "source='csv' must be one of ('jsonl', 'text', 'arrayrecord', 'seqio')"),
+     "source='csv' must be one of ('jsonl', 'tsv', 'text', 'arrayrecord', "
+     "'seqio')"),
     ([], {'data__source': 'seqio', 'data__path': ''},
      'data.task is empty: it must name a task or mixture of seqio.'),
     ([], {'data__source': 'seqio', 'data__path': '', 'data__task': 'x',

@@ -19,9 +19,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from longt5_flax.data.objectives import Example
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.pipeline import Batch, Delivered, stack_rows
-from longt5_flax.data.row_streams import make_row, packed_rows
+from longt5_flax.data.row_streams import COUNTS, make_row, packed_rows
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
 
@@ -128,10 +129,13 @@ class TaskVocabulary:
     size: number of ids.
     pad_id, eos_id: of the targets.
     files: that they are read from.
+    fingerprint: '', as a task keeps its vocabularies.
 
   Raises:
     DataError: they cannot be read.
   """
+
+  fingerprint = ''
 
   def __init__(self, task: Any):
     self._sides = [task.output_features[side].vocabulary
@@ -176,16 +180,16 @@ class _Kept(grain.IterDataset):
   def get_state(self) -> dict[str, Any]:
     """A JSON value: what is kept."""
     return {'first': self._first, 'kept': [
-        [example['inputs'].tolist(), example['targets'].tolist()]
-        for example in self._kept]}
+        [example['inputs'].tolist(), example['targets'].tolist(),
+         *(example[name] for name in COUNTS)] for example in self._kept]}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Keeps what was kept when `get_state` was called."""
     self._first = state['first']
     self._kept = collections.deque(
-        {'inputs': np.array(inputs, np.int32),
-         'targets': np.array(targets, np.int32), 'lost': 0}
-        for inputs, targets in state['kept'])
+        Example(np.array(inputs, np.int32), np.array(targets, np.int32),
+                *counts)._asdict()
+        for inputs, targets, *counts in state['kept'])
 
 
 class _KeptIterator(grain.DatasetIterator):

@@ -27,7 +27,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from longt5_flax.data.objectives import make_objective
+from longt5_flax.data.objectives import Example, make_objective
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
@@ -286,8 +286,9 @@ class TaskExamples(Iterator[dict[str, Any]]):
   def __next__(self) -> dict[str, Any]:
     with explained(f'task {self._name}'):
       element = next(self._iterators[0])
-    return {side: np.trim_zeros(element[side].numpy(), 'b').astype(np.int32)
-            for side in _SIDES} | {'lost': 0}
+    return Example(*(
+        np.trim_zeros(element[side].numpy(), 'b').astype(np.int32)
+        for side in _SIDES))._asdict()
 
   def get_state(self) -> dict[str, str]:
     """Where it is, what tf.data has read ahead included: text for JSON.
