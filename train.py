@@ -158,9 +158,9 @@ def main(config, workdir):
       is_last = step == config.steps or stopping
       is_eval = held_out and (step % config.eval.every_steps == 0
                               or step == config.steps)
-      is_save = (is_last or step % config.checkpoint.every_steps == 0
-                 or config.eval.keep_best and is_decode(step))
-      if is_eval or is_save or is_decode(step):
+      is_save = (is_last or is_decode(step)  # Which may take long, or be best.
+                 or step % config.checkpoint.every_steps == 0)
+      if is_eval or is_save:
         finish(*pending)
         pending = None
         start = time.perf_counter()
@@ -330,10 +330,11 @@ def say_what_next(report, workdir, config):
   report.say(
       f'Next:\n'
       f'  tensorboard --logdir={workdir}\n'
-      f'  {python} train.py {same} --config.steps={2 * config.steps}\n'
-      f'  {python} train.py --config=configs/tglobal_base.py '
-      '--config.data.source=jsonl --config.data.path=YOUR.jsonl.xz '
-      '--config.data.vocabulary=YOUR.model')
+      f'  {python} train.py {same} --config.steps={2 * config.steps}\n' + (
+          f'  {python} eval.py --workdir={workdir}' if config.eval.metric else
+          f'  {python} train.py --config=configs/tglobal_base.py '
+          '--config.data.source=jsonl --config.data.path=YOUR.jsonl.xz '
+          '--config.data.vocabulary=YOUR.model'))
 
 
 def run(argv):

@@ -21,7 +21,11 @@ from longt5_flax.evaluation import bootstrap
 from longt5_flax.evaluation.metrics import Metric, find_metric
 from longt5_flax.generation.options import GenerationError, GenerationOptions
 from longt5_flax.inputs import own_examples, pipeline_options
-from longt5_flax.predictions import Predictor, plan_batches
+from longt5_flax.predictions import (
+    Predictor,
+    plan_batches,
+    writing_options,
+)
 from longt5_flax.training import distributed, run_config
 from longt5_flax.training.progress import Report
 
@@ -115,7 +119,8 @@ class Evaluator:
     batches = list(found.batches)
     for tokens in self._decode(params, done, report):
       if distributed.is_main():
-        batches.append([self._vocabulary.decode(row) for row in tokens])
+        batches.append(
+            [self._vocabulary.decode(row) for row in tokens.tolist()])
         files.append(batches[-1])
     scores: dict[str, Any] = {}
     if distributed.is_main():
@@ -134,6 +139,8 @@ class Evaluator:
     left = self._batches[done:]
     count = sum(len(batch.numbers) for batch in left)
     total = len(self._task.examples)
+    if 0 < count < total:
+      report.say(f'{total - count} of {total} were decoded before; going on.')
     if left:
       with report.task('decoded', total, total - count) as advance:
         for batch in left:
@@ -303,12 +310,9 @@ def decoding_options(config: Any, model: Any) -> GenerationOptions:
   Raises:
     ConfigError: a setting cannot be.
   """
-  length = config.eval.max_decode_length or config.data.targets_length
   try:
-    return GenerationOptions(
-        max_length=length + 1, eos_token_ids=(model.eos_token_id,),
-        pad_token_id=model.pad_token_id,
-        decoder_start_token_id=model.decoder_start_token_id,
+    return writing_options(
+        model, config.eval.max_decode_length or config.data.targets_length,
         **{name: config.eval[name] for name in _DECODING})
   except GenerationError as error:
     raise ConfigError(f'eval.{error}') from None

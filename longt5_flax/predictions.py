@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from longt5_flax.config import LongT5Config
 from longt5_flax.generation.generate import generate, start_tokens
 from longt5_flax.generation.options import GenerationOptions
 from longt5_flax.model import decoding
@@ -135,3 +136,20 @@ def _decode(model, options, params, encoded, segment_ids):
       start_tokens(len(encoded), options), options)
   return written.sequences[:, 1:]
 
+
+def writing_options(model: LongT5Config, max_tokens: int, **options: Any
+                    ) -> GenerationOptions:
+  """How to decode with a model's special ids.
+
+  Args:
+    model: the architecture.
+    max_tokens: to write, the end of sequence counted.
+    **options: others of GenerationOptions.
+
+  Raises:
+    GenerationError: a value breaks its rule.
+  """
+  return GenerationOptions(
+      max_length=max_tokens + 1, eos_token_ids=(model.eos_token_id,),
+      pad_token_id=model.pad_token_id,
+      decoder_start_token_id=model.decoder_start_token_id, **options)
