@@ -84,10 +84,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.task = ''
   config.data.module = ''
   config.data.validation_split = ''
-  # What longt5_flax's own tasks read: a dataset of TensorFlow Datasets with a
-  # field `text`, and the folder of datasets, '' for TFDS's own.
-  config.data.tfds_name = 'c4/en:2.2.0'
+  # What longt5_flax's own tasks read: a dataset of TensorFlow Datasets in place
+  # of the task's, which is '' (pretraining: c4/en:2.2.0); and the folder of
+  # datasets, '' for TFDS's own.
+  config.data.tfds_name = ''
   config.data.tfds_dir = ''
+  config.data.task_dir = ''  # Folder of tasks that are files made by hand.
   # A SentencePiece model. '' with source seqio: the task's.
   config.data.vocabulary = ''
   # Sentinels <extra_id_n>; those that the file does not hold come after its

@@ -1,5 +1,6 @@
 """From a run's config to what it reads: vocabulary, batches, held-out rows."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from longt5_flax.data.sources import (
     load_documents,
 )
 from longt5_flax.data.span_corruption import SpanCorruptionOptions
+from longt5_flax.data.task_formats import corpus_of
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.training import run_config
 
@@ -101,10 +103,11 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
   data = config.data
   check_task_objective(data)
   options = pipeline_options(config, model.global_block_size)
+  if corpus_of(data.task):
+    options = dataclasses.replace(options, objective=SUPERVISED)
   tasks = load_tasks()
   try:
-    register_tasks(data.vocabulary, data.extra_ids, data.tfds_name,
-                   data.tfds_dir, options)
+    register_tasks(data, options)
     task = open_task(data.task, data.module)
     vocabulary = TaskVocabulary(task)
     if data.vocabulary and data.vocabulary not in vocabulary.files:
@@ -118,6 +121,9 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
         task, data.validation_split, options, data.batch_size,
         config.eval.max_batches)
   except tasks.UnreachableError as error:
+    if corpus_of(data.task) and not data.vocabulary:
+      raise DataError(f'{error}. --config.data.vocabulary=MODEL names a local '
+                      'vocabulary') from None
     if data.task not in (*tasks.TASKS, tasks.MIXTURE):
       raise
     raise DataError(
@@ -129,6 +135,12 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
 
 def check_task_objective(data: Any) -> None:
   """Refuses a `data.objective` that `data.task` would not follow."""
+  if corpus_of(data.task):
+    if data.objective in ('gap_sentences', SUPERVISED):
+      return
+  elif data.prefix:
+    raise ConfigError(f'data.prefix={data.prefix!r} has no say in task '
+                      f'{data.task!r}: leave it out.')
   # The default may stand beside any task.
   if data.objective != 'gap_sentences' and (
       data.task != f'longt5_c4_{data.objective}'):

@@ -125,8 +125,7 @@ def _read(data, origin, options):
   if data.source != 'seqio':
     return load_documents(
         origin, data.source, field=data.field, on_bad_record=data.on_bad_record)
-  register_tasks(data.vocabulary, data.extra_ids, data.tfds_name, data.tfds_dir,
-                 options)
+  register_tasks(data, options)
   open_task(data.task, data.module)
   return Documents(load_tasks().task_texts(data.task, origin, data.field))
 

@@ -248,23 +248,37 @@ class Supervised(Objective):
       room: tuple[int, int]) -> tuple[Example, int | None]:
     """See `Objective`."""
     del start, seeds, room  # An example is one, and as it is.
-    inputs, lost_inputs = self.encode_inputs(document.inputs)
+    try:
+      return self.encode(document.inputs, document.targets), None
+    except DataError as error:
+      raise DataError(f'example {document.id!r}: {error}') from None
+
+  def encode(self, inputs: str, targets: str) -> Example:
+    """The example of two texts.
+
+    Raises:
+      DataError: the inputs are too long and must not be, or the targets have
+        no tokens.
+    """
+    input_ids, lost_inputs = self.encode_inputs(inputs)
     policy = self._options.long_inputs
     if lost_inputs and policy == 'leave_out':
-      nothing = np.zeros(0, np.int32)
-      return Example(nothing, nothing, left_out=1), None
+      return self.nothing
     if lost_inputs and policy == 'refuse':
       raise DataError(
-          f'example {document.id!r} has {len(inputs) + lost_inputs} input '
-          f'tokens, more than inputs_length={self._lengths[0]}, and '
-          "long_inputs='refuse'")
-    targets = self._vocabulary.encode(document.targets)
-    if not targets:
-      raise DataError(f'example {document.id!r}: targets '
-                      f'{document.targets!r} have no tokens')
-    kept = self._ended(targets[:self._lengths[1] - 1])
-    return Example(inputs, kept, len(targets) + 1 - len(kept), lost_inputs
-                   ), None
+          f'{len(input_ids) + lost_inputs} input tokens are more than '
+          f"inputs_length={self._lengths[0]}, and long_inputs='refuse'")
+    ids = self._vocabulary.encode(targets)
+    if not ids:
+      raise DataError(f'{targets=} has no tokens')
+    target_ids = self._ended(ids[:self._lengths[1] - 1])
+    return Example(
+        input_ids, target_ids, len(ids) + 1 - len(target_ids), lost_inputs)
+
+  @property
+  def nothing(self) -> Example:
+    """Stands for an example that is left out."""
+    return Example(np.zeros(0, np.int32), np.zeros(0, np.int32), left_out=1)
 
   def encode_inputs(self, text: str) -> tuple[np.ndarray, int]:
     """[at most inputs_length] int32: ids of inputs, and how many are lost.

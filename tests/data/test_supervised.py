@@ -77,7 +77,7 @@ def test_long_inputs_are_left_out_or_refused():
   with pytest.raises(DataError) as error:
     made(LONG, lengths=(count - 1, 24), long_inputs='refuse')
   assert str(error.value) == (
-      f"example 'q7' has {count} input tokens, more than inputs_length="
+      f"example 'q7': {count} input tokens are more than inputs_length="
       f"{count - 1}, and long_inputs='refuse'")
 
 
@@ -91,7 +91,7 @@ def test_long_targets_are_cut_at_the_end():
 def test_targets_that_are_no_tokens():
   with pytest.raises(DataError) as error:
     made(LONG._replace(targets=' '))
-  assert str(error.value) == "example 'q7': targets ' ' have no tokens"
+  assert str(error.value) == "example 'q7': targets=' ' has no tokens"
 
 
 def iterator(workers=0, rows=ROWS, **changes):
