@@ -28,7 +28,8 @@ from configs import base
 from longt5_flax.command_line import override, read_config, recorded_config
 from longt5_flax.config import ConfigError, read_json_object
 from longt5_flax.data.sources import DataError
-from longt5_flax.evaluator import Evaluator, load_task, load_vocabulary
+from longt5_flax.eval_task import load_task, load_vocabulary
+from longt5_flax.evaluator import Evaluator
 from longt5_flax.interop.open import open_tensors, split_spec
 from longt5_flax.interop.orbax import run_checkpoint
 from longt5_flax.interop.tensors import load_params

@@ -5,6 +5,7 @@ A kill costs no more than the batch in hand: partial.jsonl grows by one line a
 batch, and goes when the other two are written.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -148,6 +149,14 @@ class EvalFolder:
   def _remove(self, name):
     if os.path.exists(self._file(name)):
       os.remove(self._file(name))
+
+
+def digest(parts: Iterable[bytes]) -> str:
+  """A fingerprint of weights or data."""
+  found = hashlib.sha256()
+  for part in parts:
+    found.update(part)
+  return found.hexdigest()[:16]
 
 
 def _line(value):

@@ -1,57 +1,27 @@
 """Evaluation on a task: what a model writes for its examples, and the scores.
 For eval.py, and for train.py on the way."""
 
-import hashlib
-import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longt5_flax.config import ConfigError, LongT5Config
-from longt5_flax.data.examples import Example
-from longt5_flax.data.objectives import Supervised
-from longt5_flax.data.sources import DataError
-from longt5_flax.data.vocabulary import Vocabulary
-from longt5_flax.eval_folder import EvalFolder, Found
+from longt5_flax.config import ConfigError
+from longt5_flax.eval_folder import EvalFolder, Found, digest
+from longt5_flax.eval_task import Task, load_task
 from longt5_flax.evaluation import bootstrap
 from longt5_flax.evaluation.metrics import Metric, find_metric
 from longt5_flax.generation.options import GenerationError, GenerationOptions
-from longt5_flax.inputs import own_examples, pipeline_options
-from longt5_flax.predictions import (
-    Predictor,
-    plan_batches,
-    writing_options,
-)
-from longt5_flax.training import distributed, run_config
+from longt5_flax.predictions import Predictor, plan_batches, writing_options
+from longt5_flax.training import distributed
 from longt5_flax.training.progress import Report
 
 # Settings of `eval` that predictions follow from.
 _DECODING = ('num_beams', 'length_penalty', 'no_repeat_ngram_size')
 # So many numbers of a parameter tell it from others.
 _SAMPLE = 64
-
-
-class Task(NamedTuple):
-  """What is decoded.
-
-  Attributes:
-    path: where the examples are from, for people to read.
-    examples: in the order of predictions.
-    inputs: ids of each, cut to the limit, end of sequence included.
-    cut: how many were cut.
-    digest: of all examples that there are.
-    settings: what `examples` and `inputs` follow from besides.
-  """
-  path: str
-  examples: Sequence[Example]
-  inputs: Sequence[np.ndarray]
-  cut: int
-  digest: str
-  settings: dict[str, Any]
 
 
 class Evaluator:
@@ -110,7 +80,7 @@ class Evaluator:
       ConfigError: such predictions are in the folder, and may not go.
     """
     files = EvalFolder(folder, {
-        'weights': _digest(np.asarray(self._sample(params)).tobytes()),
+        'weights': digest([np.asarray(self._sample(params)).tobytes()]),
         'data': self._task.digest,
         'decoding': self._decoding})
     found, done = _find(files, replace, len(self._batches))
@@ -196,10 +166,6 @@ def _corners(params):
       for leaf in jax.tree.leaves(params)])
 
 
-def _digest(content):
-  return hashlib.sha256(content).hexdigest()[:16]
-
-
 def make_evaluator(config: Any, model: Any, vocabulary: Any, mesh: Mesh
                    ) -> Evaluator | None:
   """What a run evaluates with on its way; None if it does not.
@@ -225,62 +191,6 @@ def make_evaluator(config: Any, model: Any, vocabulary: Any, mesh: Mesh
     return None
   return Evaluator(config, model, vocabulary, mesh, load_task(
       config, vocabulary))
-
-
-def load_vocabulary(config: Any, model: LongT5Config, record: dict[str, Any]
-                    ) -> Vocabulary:
-  """The vocabulary that a checkpoint is evaluated with.
-
-  Args:
-    config: of the evaluation.
-    model: of the checkpoint.
-    record: the config of its run; {} if it is of none.
-
-  Raises:
-    ConfigError: it is not the model's.
-    DataError: it cannot be read.
-  """
-  path = config.data.vocabulary
-  if not path:
-    raise ConfigError('data.vocabulary is empty: it must name a SentencePiece '
-                      'model.')
-  vocabulary = Vocabulary(path, config.data.extra_ids)
-  run_config.check_vocabulary(vocabulary, model)
-  if record.get('vocabulary', vocabulary.fingerprint
-                ) != vocabulary.fingerprint:
-    raise ConfigError(
-        f'data.vocabulary={path} with data.extra_ids={config.data.extra_ids} '
-        'is not the vocabulary that the checkpoint was trained with, '
-        f'{record["data"]["vocabulary"]}.')
-  return vocabulary
-
-
-def load_task(config: Any, vocabulary: Vocabulary) -> Task:
-  """The examples of data.validation_path.
-
-  Raises:
-    ConfigError: a setting that cannot be.
-    DataError: they cannot be read.
-  """
-  data = config.data
-  if not data.validation_path:
-    raise ConfigError('data.validation_path is empty: it must name the '
-                      'examples to decode.')
-  examples: Any = own_examples(data, data.validation_path, unique_ids=True)
-  settings = {'prefix': data.prefix, 'long_inputs': data.long_inputs,
-              'inputs_length': data.inputs_length,
-              'max_examples': config.eval.max_examples,
-              'vocabulary': vocabulary.fingerprint[:16]}
-  some = examples[:config.eval.max_examples or None]
-  objective = Supervised(vocabulary, pipeline_options(config, 1))
-  encoded = [objective.encode_inputs(example.inputs) for example in some]
-  cut = sum(lost > 0 for _, lost in encoded)
-  if cut and data.long_inputs == 'refuse':
-    raise DataError(f'{cut} inputs of {data.validation_path} have more than '
-                    f'inputs_length={data.inputs_length} tokens, and '
-                    "long_inputs='refuse'")
-  return Task(data.validation_path, some, [ids for ids, _ in encoded], cut,
-              _digest(json.dumps(list(examples)).encode()), settings)
 
 
 def eval_metric(settings: Any) -> Metric:
