@@ -36,6 +36,7 @@ Expect: not run to its end by us.
 """
 
 from configs import base
+from longt5_flax.config import ConfigError
 
 _QA = 128  # Target tokens of an answer.
 # Task -> tokens of inputs and targets, and its metric. Of SCROLLS the paper
@@ -61,7 +62,7 @@ TASKS = {
 
 def get_config(task='own'):
   if task != 'own' and task not in TASKS:
-    raise ValueError(f'{task=} must be own or one of {", ".join(TASKS)}.')
+    raise ConfigError(f'{task=} must be own or one of {", ".join(TASKS)}.')
   config = base.get_config()
   config.steps = 20_000  # Not published; a few epochs of arXiv.
   config.model.dropout_rate = 0.1
@@ -75,9 +76,8 @@ def get_config(task='own'):
   if task == 'own':
     config.data.inputs_length, config.data.targets_length = 4096, 512
     return config
-  lengths_and_metric = TASKS[task]
   (config.data.inputs_length, config.data.targets_length,
-   config.eval.metric) = lengths_and_metric
+   config.eval.metric) = TASKS[task]
   config.eval.max_decode_length = config.data.targets_length
   config.eval.max_batches = 10
   config.data.source = 'seqio'

@@ -244,7 +244,8 @@ def task_of_lines(name, *preprocessors):
   return seqio.Task(
       name, seqio.TextLineDataSource({'train': __file__}),
       {'inputs': feature, 'targets': feature},
-      preprocessors=[not_empty, both, seqio.preprocessors.tokenize, *preprocessors])
+      preprocessors=[not_empty, both, seqio.preprocessors.tokenize,
+                     *preprocessors])
 
 
 def test_preprocessor_with_a_state():
