@@ -141,8 +141,8 @@ def test_a_run_writes_predictions_and_scores(tmp_path, data):
      ' gov_report, summ_screen_fd, qmsum, narrative_qa, qasper, quality, '
      'contract_nli.'),
     ({'eval__keep_best': 'rougeX'},
-     "eval.keep_best='rougeX' must be one of rouge1, rouge2, rougeL, rougeLsum, "
-     "geometric_mean, as eval.metric='rouge' has them."),
+     "eval.keep_best='rougeX' must be one of rouge1, rouge2, rougeL, "
+     "rougeLsum, geometric_mean, as eval.metric='rouge' has them."),
     ({'eval__decode_every_steps': 0},
      "eval.keep_best='rouge1' needs eval.decode_every_steps."),
     ({'eval__keep_best': '', 'eval__patience': 2},
