@@ -242,7 +242,7 @@ def evaluate(eval_step, params, held_out, mesh, report, writer, step):
 
 
 def decode(evaluator, params, workdir, step, report, writer, best):
-  """Predictions for the validation examples, and their scores."""
+  """Writes predictions for the validation examples, and scores them."""
   scores = evaluator(
       params, os.path.join(workdir, 'eval', str(step)),
       f'run:{workdir}/checkpoints/{step}', report, replace=True)
@@ -251,7 +251,8 @@ def decode(evaluator, params, workdir, step, report, writer, best):
       f'{name} {mean:.2f}' for name, mean in means.items()))
   if writer:
     writer.write(step, 'scores', means)
-  best.add(step, means[evaluator.counts], write=distributed.is_main())
+  best.add(step, means[best.name or evaluator.main],
+           write=distributed.is_main())
 
 
 def profile(settings, step, workdir):

@@ -26,8 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Parameters to start from; step and optimizer start anew. 'hf:DIR' is a
   # Hugging Face folder, 't5x:DIR' a T5X checkpoint (or its URL), 't5:DIR' a
   # T5.1.1 of either kind, 'orbax:DIR' and 'safetensors:FILE' what `convert`
-  # writes, 'run:WORKDIR' the newest checkpoint of another run. '' starts from
-  # the initialiser.
+  # writes, 'run:WORKDIR' the best checkpoint of another run (eval.keep_best) or
+  # its newest, 'run:WORKDIR/checkpoints/STEP' a certain one. '' starts from the
+  # initialiser.
   config.init_from = ''
 
   # The architecture: a preset ({local, tglobal, full, mlongt5}-{tiny, small,

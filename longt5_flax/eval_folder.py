@@ -81,16 +81,23 @@ class EvalFolder:
       examples = read_predictions(self._file(_PREDICTIONS))
       return Found([example['prediction'] for example in examples.values()],
                    note=f'{self._file(_PREDICTIONS)} is there already.')
-    return Found(batches=partial[1:])
+    # Two evaluations at once may have written lines twice.
+    batches = {line['batch']: line['predictions'] for line in partial[1:]}
+    return Found(batches=[batches[i] for i in range(len(batches))])
 
-  def append(self, texts: Sequence[str]) -> None:
-    """Adds a batch; when it returns, the batch is on disk."""
+  def append(self, number: int, texts: Sequence[str]) -> None:
+    """Adds a batch; when it returns, the batch is on disk.
+
+    Args:
+      number: of the batch; they come in order.
+      texts: its predictions.
+    """
     path = self._file(_PARTIAL)
     os.makedirs(self._path, exist_ok=True)
     with open(path, 'a', encoding='utf-8') as file:
       if not file.tell():
         file.write(_line(self._identity))
-      file.write(_line(texts))
+      file.write(_line({'batch': number, 'predictions': texts}))
       file.flush()
       os.fsync(file.fileno())
 

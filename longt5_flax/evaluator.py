@@ -37,7 +37,7 @@ class Evaluator:
     task: what to decode.
 
   Attributes:
-    counts: the name of the score by which checkpoints are compared.
+    main: the name of the score that stands for all.
 
   Raises:
     ConfigError: a setting of `config.eval` cannot be.
@@ -48,7 +48,7 @@ class Evaluator:
     settings = config.eval
     options = decoding_options(config, model.config)
     self._name, self._metric = settings.metric, eval_metric(settings)
-    self.counts = settings.keep_best or self._metric.main
+    self.main = self._metric.main
     self._vocabulary, self._task = vocabulary, task
     self._predict = Predictor(model, mesh, options, settings.batch_size)
     self._batches = plan_batches(
@@ -89,16 +89,16 @@ class Evaluator:
     batches = list(found.batches)
     for tokens in self._decode(params, done, report):
       if distributed.is_main():
-        batches.append(
-            [self._vocabulary.decode(row) for row in tokens.tolist()])
-        files.append(batches[-1])
+        texts = [self._vocabulary.decode(row) for row in tokens.tolist()]
+        files.append(len(batches), texts)
+        batches.append(texts)
     scores: dict[str, Any] = {}
     if distributed.is_main():
       texts = found.predictions or self._in_order(batches)
       scores = self._score(texts)
       files.finish(self._lines(texts), {
           'checkpoint': checkpoint, 'path': self._task.path,
-          'metric': self._name, 'main': self._metric.main,
+          'metric': self._name, 'main': self.main,
           'examples': len(texts), 'cut_inputs': self._task.cut,
           'scores': scores})
     return {name: bootstrap.Interval(**values) for name, values
@@ -189,6 +189,11 @@ def make_evaluator(config: Any, model: Any, vocabulary: Any, mesh: Mesh
                       'eval.decode_every_steps.')
   if not settings.decode_every_steps:
     return None
+  names = eval_metric(settings).names
+  if settings.keep_best not in ('', *names):
+    raise ConfigError(f'eval.keep_best={settings.keep_best!r} must be one of '
+                      f'{", ".join(names)}, as eval.metric='
+                      f'{settings.metric!r} has them.')
   return Evaluator(config, model, vocabulary, mesh, load_task(
       config, vocabulary))
 
@@ -197,17 +202,12 @@ def eval_metric(settings: Any) -> Metric:
   """The metric of `config.eval`.
 
   Raises:
-    ConfigError: there is none of the name, or it has no number that is named.
+    ConfigError: there is none of the name.
   """
   try:
-    metric = find_metric(settings.metric)
+    return find_metric(settings.metric)
   except ValueError as error:
     raise ConfigError(f'eval.{error}') from None
-  if settings.keep_best and settings.keep_best not in metric.names:
-    raise ConfigError(f'eval.keep_best={settings.keep_best!r} must be one of '
-                      f'{", ".join(metric.names)}, as eval.metric='
-                      f'{settings.metric!r} has them.')
-  return metric
 
 
 def decoding_options(config: Any, model: Any) -> GenerationOptions:

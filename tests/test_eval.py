@@ -14,9 +14,14 @@ import eval as command
 import golden
 import runs
 import tiny_runs
-from longt5_flax import LongT5ForConditionalGeneration, compare, evaluator
+from longt5_flax import (
+    LongT5ForConditionalGeneration,
+    compare,
+    convert,
+    evaluator,
+)
 from longt5_flax.evaluation import bootstrap
-from longt5_flax.evaluation.metrics import METRICS
+from longt5_flax.evaluation.metrics import METRICS, SCROLLS
 from longt5_flax.interop.orbax import save_orbax
 from longt5_flax.training import run_config
 
@@ -164,3 +169,98 @@ def test_predictions_of_something_else_stay(
           'it is of: move it away, or choose another --workdir.\n') in output
   (tmp_path / 'scores.json').rename(done / 'scores.json')
   assert {path: path.read_bytes() for path in done.iterdir()} == before
+
+
+def test_other_formats_write_the_same(weights, data, done, tmp_path, capsys):
+  """The architecture is the checkpoint's, whatever the config says."""
+  converted = tmp_path / 'converted'
+  assert convert.main([f'--from={weights}', f'--to=hf:{converted}']) == 0
+  argv = arguments(f'hf:{converted}', data, tmp_path / 'theirs',
+                   eval__max_examples=5)
+  code, output = evaluate(capsys, *(
+      word for word in argv if not word.startswith('--config.model.')))
+  assert code == 0, output
+  theirs = tmp_path / 'theirs' / 'eval' / '0'
+  assert (theirs / 'predictions.jsonl').read_bytes() == (
+      done / 'predictions.jsonl').read_bytes()
+
+
+RUN = '--workdir={run}'
+MISTAKES = {
+    'nothing named': (
+        [], '--workdir=DIR is missing: the folder of a run, or with '
+        '--checkpoint=KIND:PATH a folder for the results.'),
+    'no checkpoint': (
+        ['--workdir={tmp}'], '{tmp}: no checkpoint in {tmp}/checkpoints.'),
+    'no such step': (
+        ['--checkpoint=run:{run}/checkpoints/7'],
+        '{run}/checkpoints/7: no whole checkpoint.'),
+    'no such kind': (
+        ['--checkpoint=tf:x', RUN], "'tf:x' must be one of hf:DIR_OR_FILE, "
+        't5x:DIR_OR_URL, t5:DIR_OR_URL, orbax:DIR, run:WORKDIR, '
+        'safetensors:FILE, or the path of a Hugging Face folder on disk.'),
+    'no folder for the results': (
+        ['--checkpoint={weights}'],
+        '--workdir=DIR is missing: a folder for the results.'),
+    'no config': (
+        ['--checkpoint={weights}', RUN], '--config=FILE is missing: {weights} '
+        'is of no run that would bring its own.'),
+    'no metric': (
+        [RUN, '--config.eval.metric='], "eval.metric='' must be one of "
+        + ', '.join((*METRICS, *SCROLLS)) + '.'),
+    'no such key': (
+        [RUN, '--config.eval.beams=4'], "no key 'beams'"),
+    'no such argument': ([RUN, '--beams=4'], "unknown argument '--beams=4'."),
+    'no data': (
+        [RUN, '--config.data.validation_path='],
+        'data.validation_path is empty: it must name the examples to decode.'),
+    'no vocabulary': (
+        [RUN, '--config.data.vocabulary='],
+        'data.vocabulary is empty: it must name a SentencePiece model.'),
+    'a larger vocabulary': (
+        [RUN, '--config.data.extra_ids=100'], 'data.vocabulary has 4100 ids '
+        'with its sentinels, more than model.vocab_size=4096: raise that, or '
+        'lower data.extra_ids.'),
+    'another vocabulary': (
+        [RUN, '--config.data.extra_ids=90'],
+        f'data.vocabulary={runs.ROOT}/corpus/vocabulary.model with '
+        'data.extra_ids=90 is not the vocabulary that the checkpoint was '
+        f'trained with, {runs.ROOT}/corpus/vocabulary.model with 0.'),
+    'an empty list of references': (
+        [RUN, '--config.data.validation_path={tmp}/empty.jsonl'],
+        "{tmp}/empty.jsonl:2: field 'references' is an empty list"),
+    'inputs that are too long': (
+        [RUN, '--config.data.inputs_length=50',
+         '--config.data.long_inputs=refuse'], '35 inputs of {data} have more '
+        "than inputs_length=50 tokens, and long_inputs='refuse'"),
+}
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory, cache):
+  """A run with one checkpoint."""
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
+  with tiny_runs.cheap_compilation(cache), tiny_runs.own_signals():
+    tiny_runs.run(workdir, {
+        key: value for key, value in SETTINGS.items() if key != 'eval.metric'
+    } | {'steps': 1, 'data.path': data, 'data.packing': False,
+         'data.inputs_length': 64, 'data.targets_length': 8})
+  return workdir
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_are_one_line(
+    name, trained, weights, data, tmp_path, capsys):
+  lines = data.read_text().splitlines()
+  (tmp_path / 'empty.jsonl').write_text('\n'.join(
+      [lines[0], json.dumps(json.loads(lines[1]) | {'references': []})]))
+  before = sorted(trained.iterdir())
+  names = {'tmp': tmp_path, 'run': trained, 'weights': weights, 'data': data}
+  words, message = MISTAKES[name]
+  words = ['--config.eval.metric=rouge', '--config.data.validation_path={data}',
+           *words]
+  code, output = evaluate(capsys, *(word.format(**names) for word in words))
+  assert code == 2
+  assert output.startswith('error: ' + message.format(**names))
+  assert output.count('\n') == 1
+  assert sorted(trained.iterdir()) == before

@@ -42,7 +42,7 @@ def settings(data, **more):
 
 class Scripted:
   """An evaluator whose scores are known before."""
-  counts = 'rouge1'
+  main = 'rouge1'
 
   def __init__(self, scores):
     self.scores, self.calls = scores, []

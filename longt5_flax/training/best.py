@@ -16,13 +16,16 @@ class BestCheckpoint:
     last_step: scores of later steps, of a run that was cut off after its last
       checkpoint, are dropped.
 
+  Attributes:
+    name: `keep_best`.
+
   Raises:
     ConfigError: the file is damaged.
   """
 
   def __init__(self, workdir: str, keep_best: str, last_step: int):
     self._path = os.path.join(workdir, BEST_FILE)
-    self._name = keep_best
+    self.name = keep_best
     name, scores = read_scores(workdir)
     self._scores = {step: score for step, score in scores.items()
                     if name == keep_best and step <= last_step}
@@ -33,7 +36,7 @@ class BestCheckpoint:
   @property
   def step(self) -> int | None:
     """Whose checkpoint is to be kept; None if none is."""
-    return best_step(self._scores) if self._name else None
+    return best_step(self._scores) if self.name else None
 
   def add(self, step: int, score: float, write: bool) -> None:
     """Adds an evaluation.
@@ -45,7 +48,7 @@ class BestCheckpoint:
     """
     self._scores[step] = score
     if write:
-      record = {'keep_best': self._name, 'best': self.step,
+      record = {'keep_best': self.name, 'best': self.step,
                 'scores': {str(step): score for step, score
                            in sorted(self._scores.items())}}
       with open(self._path + '.part', 'w', encoding='utf-8') as file:
