@@ -4,6 +4,7 @@ of a user."""
 import json
 import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -169,6 +170,21 @@ def test_predictions_of_something_else_stay(
           'it is of: move it away, or choose another --workdir.\n') in output
   (tmp_path / 'scores.json').rename(done / 'scores.json')
   assert {path: path.read_bytes() for path in done.iterdir()} == before
+
+
+def test_two_processes_write_the_same(weights, data, done, tmp_path, cache):
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    port = server.getsockname()[1]
+  outputs = [runs.finish(process) for process in [runs.start([
+      sys.executable, 'eval.py',
+      *arguments(weights, data, tmp_path, eval__max_examples=5),
+      f'--coordinator=localhost:{port}', '--num_processes=2',
+      f'--process_id={i}'], cache) for i in range(2)]]
+  assert ['rougeLsum' in output for output in outputs] == [True, False]
+  for name in ('predictions.jsonl', 'scores.json'):
+    assert (tmp_path / 'eval' / '0' / name).read_bytes() == (
+        done / name).read_bytes()
 
 
 def test_other_formats_write_the_same(weights, data, done, tmp_path, capsys):
