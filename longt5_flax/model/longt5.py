@@ -34,7 +34,7 @@ class _LongT5(nn.Module):
     scan_layers: whether layers are stacked in one `layers` subtree.
     remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
       products) or 'layer' (all inside a layer).
-    attention: the implementation of the encoder's attention.
+    attention: the implementation of attention to the inputs.
   """
   config: LongT5Config
   dtype: DTypeLike = jnp.float32
@@ -51,10 +51,11 @@ class _LongT5(nn.Module):
     if jnp.dtype(self.dtype).name not in DTYPES:
       raise ConfigError(f'dtype={self.dtype} must be one of {DTYPES}.')
     self.token_embedder = Embed(self.config)
-    self.encoder = Encoder(*self._stack_options(), self.attention)
+    self.encoder = Encoder(*self._stack_options())
 
-  def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str]:
-    return self.config, self.dtype, self.scan_layers, self.remat
+  def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str, str]:
+    return (self.config, self.dtype, self.scan_layers, self.remat,
+            self.attention)
 
   @flexible_inputs
   def encode(

@@ -1,0 +1,106 @@
+"""Around the kernels of attention: options, devices, operands, segments."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from longt5_flax.config import ConfigError
+from longt5_flax.model.kernels.triton_tiles import Tiling
+
+
+class KernelOptions(NamedTuple):
+  """How kernels are run; results are the same within rounding.
+
+  Attributes:
+    tile: tokens of a tile; a power of two, 16 or more.
+    interpret: on any device, slowly, for tests.
+  """
+  tile: int = 64
+  interpret: bool = False
+
+  def tiling(self, dtype: DTypeLike) -> Tiling:
+    """For products in `dtype`; see `to_operands`."""
+    return Tiling(self.tile, jax.lax.Precision.DEFAULT if dtype == jnp.float16
+                  else jax.lax.Precision.HIGHEST, self.interpret)
+
+
+ON_A_GPU = KernelOptions()
+
+
+def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
+                ) -> Float[Array, 'B l H k']:
+  """As kernels take tokens: K a power of two, L a multiple.
+
+  For float16 operands are TF32 numbers, of the same precision and the exponents
+  of float32, so that nothing overflows.
+  """
+  size = x.shape[-1]
+  fill = max(16, 1 << (size - 1).bit_length()) - size
+  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+  return jnp.pad(x.astype(operand), (
+      (0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, fill)))
+
+
+def on_each_device(
+    attend: Callable[..., Any], tokens: tuple[Array, ...],
+    tables: tuple[Array, ...], ids: tuple[Array, ...], options: KernelOptions,
+) -> Any:
+  """`attend(tokens, tables, ids)`; under a mesh each device attends with its
+  rows and heads, and a length that is split is gathered.
+
+  Args:
+    attend: gives an array like `tokens[0]`.
+    tokens: [B, length, H, K].
+    tables: [H, ...].
+    ids: [B, length].
+    options: see KernelOptions.
+
+  Raises:
+    ConfigError: the device is no GPU.
+  """
+  if not options.interpret and jax.default_backend() != 'gpu':
+    raise ConfigError("attention='fused' needs an NVIDIA GPU, not "
+                      f'{jax.default_backend()!r}.')
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    rows = _mesh_axes(mesh, 'batch', tokens[0].shape[0])
+    heads = _mesh_axes(mesh, 'joined_kv', tokens[0].shape[2])
+    spec = PartitionSpec(rows, None, heads)
+    attend = jax.shard_map(
+        attend, mesh=mesh, out_specs=spec, check_vma=False,
+        in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows)))
+  return attend(tokens, tables, ids)
+
+
+def _mesh_axes(mesh, name, size):
+  """The mesh axes that split a logical axis; None where they cannot."""
+  spec = nn.logical_to_mesh_axes((name,)) or PartitionSpec(None)
+  axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+  parts = math.prod(mesh.shape[axis] for axis in axes)
+  return axes if axes and size % parts == 0 else None
+
+
+def segment_range(
+    segment_ids: Int[Array, 'B tiles tile']
+) -> tuple[Int[Array, 'B tiles'], Int[Array, 'B tiles']]:
+  """Least and greatest segment in each tile; what lies between is nothing if
+  there is padding alone."""
+  largest = jnp.iinfo(segment_ids.dtype).max
+  real = jnp.where(segment_ids > 0, segment_ids, largest)
+  return jnp.min(real, axis=2), jnp.max(segment_ids, axis=2)
+
+
+def covering_run(
+    flags: Bool[Array, '*rows n']
+) -> tuple[Int[Array, '*rows'], Int[Array, '*rows']]:
+  """First and end, along the last axis, of what contains all that is true."""
+  index = jnp.arange(flags.shape[-1])
+  end = jnp.max(jnp.where(flags, index + 1, 0), axis=-1)
+  return jnp.min(jnp.where(flags, index, end[..., None]), axis=-1), end
