@@ -60,14 +60,18 @@ def fused_attention(
   Raises:
     ConfigError: the device is no GPU.
   """
-  if side is None:
-    groups = (query, key, value), (bias,), (segment_ids,)
-  else:
-    groups = ((query, key, value, side.key, side.value), (bias, side.bias),
-              (segment_ids, side.segment_ids, side.block_ids))
-  return on_each_device(partial(
-      _attend, block_size=None if side is None else side.block_size,
-      dtype=dtype, options=options), *groups, options)
+  tokens: tuple[Array, ...] = query, key, value
+  tables: tuple[Array, ...] = bias,
+  ids: tuple[Array, ...] = segment_ids,
+  block_size = None
+  if side is not None:
+    tokens += side.key, side.value
+    tables += side.bias,
+    ids += side.segment_ids, side.block_ids
+    block_size = side.block_size
+  attend = partial(
+      _attend, block_size=block_size, dtype=dtype, options=options)
+  return on_each_device(attend, tokens, tables, ids, options)
 
 
 def _attend(tokens, tables, ids, block_size, dtype, options):

@@ -50,8 +50,9 @@ def _forward(tiling, arrays, spans, out_ref, lse_ref):
     return tiles.attend(tiling, query, segments,
                         tiles.load_keys(tiling, arrays, j), 0.0, softmax)
 
-  softmax = jax.lax.fori_loop(*_share(spans), add,
-                              tiles.no_keys(tiling, query.shape[1]))
+  first, end = _share(spans)
+  softmax = jax.lax.fori_loop(
+      first, end, add, tiles.no_keys(tiling, query.shape[1]))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
   tiles.write(softmax, sees, out_ref, lse_ref)
 
@@ -67,8 +68,9 @@ def _backward_query(tiling, arrays, spans, rows, d_query_ref):
     return d_query + tiles.dot(
         tiling, d_scores.astype(keys.key.dtype), keys.key)
 
+  first, end = _share(spans)
   d_query_ref[...] = jax.lax.fori_loop(
-      *_share(spans), add, jnp.zeros(query.shape, jnp.float32))
+      first, end, add, jnp.zeros(query.shape, jnp.float32))
 
 
 def _backward_key(tiling, arrays, spans, rows, d_key_ref, d_value_ref):
