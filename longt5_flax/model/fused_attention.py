@@ -22,12 +22,15 @@ from jaxtyping import Array, Float, Int
 from longt5_flax.model.attention import GlobalTokens
 from longt5_flax.model.kernels import fused_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
-  ON_A_GPU,
-  KernelOptions,
-  covering_run,
-  on_each_device,
-  segment_range,
-  to_operands,
+    ON_A_GPU,
+    KernelOptions,
+    all_see,
+    covering_run,
+    gapless_run,
+    on_each_device,
+    ranges_meet,
+    segment_range,
+    to_operands,
 )
 from longt5_flax.model.kernels.fused_attention_triton import Geometry
 from longt5_flax.model.kernels.triton_tiles import LOG2_E, MASKED, Rows
@@ -109,8 +112,8 @@ class _Layout(NamedTuple):
   """
   segment_ids: Int[Array, 'B S']
   rows: Int[Array, 'B L']
-  spans: Int[Array, 'B tiles 3']
-  bounds: Int[Array, 'B side_tiles 4']
+  spans: Int[Array, 'B tiles 5']
+  bounds: Int[Array, 'B side_tiles 6']
   firsts: Int[Array, 'B tiles']
 
 
@@ -125,29 +128,35 @@ def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
   own = block_ids >= 0
   firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
-  rows = jnp.where(own, block_ids - firsts[..., None], -1)
+  rows = jnp.where(own, block_ids - firsts[..., None], 0)
 
-  least, most = segment_range(segment_ids.reshape(batch, -1, tile))
-  side_ids = side_segments[:, None]
-  seen = (least[..., None] <= side_ids) & (side_ids <= most[..., None])
-  first_seen, end_seen = covering_run(seen)
+  tokens = segment_ids.reshape(batch, -1, tile)
+  of_tokens = segment_range(tokens)
+  side_ids = side_segments[..., None]  # Tiles of one global token.
+  first_seen, end_seen = covering_run(
+      ranges_meet(of_tokens, segment_range(side_ids)))
+  first_clean, end_clean = gapless_run(all_see(tokens, side_ids))
   window = firsts - (reach - 1)
-  before = jnp.maximum(window - first_seen, 0)
-  behind = jnp.maximum(end_seen - (window + geometry.near), 0)
+  window_end = window + geometry.near
   spans = jnp.stack([
-      window + _pads(geometry, reach)[0], -(-before // tile), -(-behind // tile)
+      window + _pads(geometry, reach)[0],
+      -(-jnp.maximum(window - first_seen, 0) // tile),
+      -(-jnp.maximum(end_seen - window_end, 0) // tile),
+      jnp.where(window <= end_clean,
+                jnp.maximum(window - first_clean, 0) // tile, 0),
+      jnp.where(window_end >= first_clean,
+                jnp.maximum(end_clean - window_end, 0) // tile, 0),
   ], axis=-1)
 
   side_segments = jnp.pad(side_segments, ((0, 0), (0, -num_globals % tile)))
-  side_least, side_most = segment_range(
-      side_segments.reshape(batch, -1, tile))
-  sees = (side_least[..., None] <= most[:, None]) & (
-      least[:, None] <= side_most[..., None])
+  side_tiles = side_segments.reshape(batch, -1, tile)
+  sees = ranges_meet(segment_range(side_tiles), of_tokens)
+  clean = all_see(tokens, side_tiles).swapaxes(1, 2)
   starts = jnp.arange(0, side_segments.shape[1], tile)[:, None]
   near = jnp.sum(lasts[:, None] + reach <= starts, axis=2)
   far = jnp.sum(firsts[:, None] < starts + tile - 1 + reach, axis=2)
   first, end = covering_run(sees)
-  bounds = jnp.stack([first, near, far, end], axis=-1)
+  bounds = jnp.stack([first, near, far, end, *gapless_run(clean)], axis=-1)
   return _Layout(side_segments, rows.reshape(batch, -1), spans, bounds, firsts)
 
 
@@ -180,7 +189,8 @@ def _fused_backward(geometry, residuals, gradient):
   rows = Rows(gradient, lse, delta)
   arrays = _globals(geometry, layout, side)
   d_query, *d_rows = kernels.backward_query(geometry, tokens, arrays, rows)
-  d_key, d_value = kernels.backward_key(geometry, tokens, rows)
+  d_key, d_value = kernels.backward_key(
+      geometry, tokens._replace(bias=tokens.bias.swapaxes(2, 3)), rows)
   d_tiles = kernels.backward_local_bias(geometry, tokens, rows, _PARTS)
   d_bias, = jax.linear_transpose(partial(_local_tiles, geometry), bias)(
       jnp.sum(d_tiles, axis=(0, 1)))
@@ -202,11 +212,11 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
                 for x in (key, value))
   # Offsets of a tile's first global token to the rows of a near query tile.
   shift = reach + geometry.tile + geometry.rows
-  offsets = jnp.arange(-shift, reach + 2 * geometry.rows)
+  offsets = jnp.arange(-shift, reach + geometry.rows)
   index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
   tiles = kernels.GlobalTiles(
       key, value, layout.segment_ids, layout.bounds, layout.firsts, layout.rows,
-      _split(geometry, key.dtype, bias[:, index + reach]), arrays.far_bias)
+      bias[:, index + reach] * LOG2_E, arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
@@ -242,16 +252,15 @@ def _globals(geometry, layout, side):
   if not side:
     return None
   key, value, bias = side
-  pads = _pads(geometry, bias.shape[1] // 2)
+  reach = bias.shape[1] // 2
+  pads = _pads(geometry, reach)
   key, value = (jnp.pad(x, ((0, 0), pads, (0, 0), (0, 0)))
                 for x in (key, value))
   num_globals = side[0].shape[1]
   segment_ids = jnp.pad(layout.segment_ids[:, :num_globals], ((0, 0), pads))
-  bias = bias.astype(jnp.float32)
   return kernels.Globals(
       key, value, segment_ids, layout.rows, layout.spans,
-      _split(geometry, key.dtype, _near_rows(geometry, bias)),
-      jnp.stack([bias[:, 0], bias[:, -1]], axis=1) * LOG2_E)
+      _near_rows(geometry, bias) * LOG2_E, bias[:, ::2 * reach] * LOG2_E)
 
 
 def _banded(geometry, radius, tiles):
@@ -261,15 +270,3 @@ def _banded(geometry, radius, tiles):
   offsets = (relative[:, None, None] * geometry.tile + tile
              - tile[:, None])
   return jnp.where(np.abs(offsets) <= radius, tiles * LOG2_E, MASKED)
-
-
-def _split(geometry, dtype, bias):
-  """[parts, ...] in base 2: the bias as a sum of numbers that products of
-  operands keep exactly."""
-  bias = bias.astype(jnp.float32) * LOG2_E
-  exact = geometry.tiling.precision == jax.lax.Precision.HIGHEST
-  if dtype == jnp.float32 and exact:
-    return bias[None]
-  # As bfloat16; a pair of casts XLA would take out.
-  high = jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7)
-  return jnp.stack([high, bias - high]).astype(dtype)

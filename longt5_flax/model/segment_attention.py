@@ -12,8 +12,11 @@ from longt5_flax.model.kernels import segment_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
     ON_A_GPU,
     KernelOptions,
+    all_see,
     covering_run,
+    gapless_run,
     on_each_device,
+    ranges_meet,
     segment_range,
     to_operands,
 )
@@ -75,7 +78,7 @@ def _segment_attention(tiling, query, key, value, query_segments, segment_ids):
 
 def _forward(tiling, query, key, value, query_segments, segment_ids):
   arrays = kernels.Arrays(query, query_segments, key, value, segment_ids)
-  spans = _spans(tiling, query_segments, segment_ids)
+  spans, _ = _spans(tiling, query_segments, segment_ids)
   outputs, lses = kernels.forward(
       tiling, arrays, spans, _parts(tiling, query))
   lse, shares = _join(lses)
@@ -97,12 +100,11 @@ def _backward(tiling, residuals, gradient):
   arrays, output, lse = residuals
   delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
   rows = Rows(gradient, lse, delta)
-  spans = _spans(tiling, arrays.query_segments, arrays.segment_ids)
+  key_spans, query_spans = _spans(
+      tiling, arrays.query_segments, arrays.segment_ids)
   d_query = jnp.sum(kernels.backward_query(
-      tiling, arrays, spans, rows, _parts(tiling, arrays.query)), axis=0)
-  d_key, d_value = kernels.backward_key(
-      tiling, arrays, _spans(tiling, arrays.segment_ids, arrays.query_segments),
-      rows)
+      tiling, arrays, key_spans, rows, _parts(tiling, arrays.query)), axis=0)
+  d_key, d_value = kernels.backward_key(tiling, arrays, query_spans, rows)
   return d_query.astype(arrays.query.dtype), d_key, d_value, None, None
 
 
@@ -116,12 +118,15 @@ def _parts(tiling, query):
   return min(_MAX_PARTS, -(-_PROGRAMS // programs))
 
 
-def _spans(tiling, segment_ids, other_ids):
-  """[B, tiles, 2]: from which to before which tile of the others a tile shares
-  a segment with any."""
-  (least, most), (other_least, other_most) = (
-      segment_range(x.reshape(x.shape[0], -1, tiling.tile))
-      for x in (segment_ids, other_ids))
-  shared = (least[..., None] <= other_most[:, None]) & (
-      other_least[:, None] <= most[..., None])
-  return jnp.stack(covering_run(shared), axis=-1)
+def _spans(tiling, query_segments, segment_ids):
+  """[B, query tiles, 4]: the key tiles from first to end that a query tile
+  shares a segment with, and those of which all see each other; and the same
+  for key tiles, [B, key tiles, 4]."""
+  queries, keys = (x.reshape(x.shape[0], -1, tiling.tile)
+                   for x in (query_segments, segment_ids))
+  shared = ranges_meet(segment_range(queries), segment_range(keys))
+  every = all_see(queries, keys)
+  return tuple(
+      jnp.stack([*covering_run(shared), *gapless_run(every)], axis=-1)
+      for shared, every in ((shared, every), (
+          shared.swapaxes(1, 2), every.swapaxes(1, 2))))

@@ -104,3 +104,34 @@ def covering_run(
   index = jnp.arange(flags.shape[-1])
   end = jnp.max(jnp.where(flags, index + 1, 0), axis=-1)
   return jnp.min(jnp.where(flags, index, end[..., None]), axis=-1), end
+
+
+def gapless_run(
+    flags: Bool[Array, '*rows n']
+) -> tuple[Int[Array, '*rows'], Int[Array, '*rows']]:
+  """`covering_run` if all it contains is true, else an empty one."""
+  first, end = covering_run(flags)
+  return first, jnp.where(jnp.sum(flags, axis=-1) == end - first, end, first)
+
+
+def ranges_meet(
+    ranges: tuple[Int[Array, 'B n'], Int[Array, 'B n']],
+    others: tuple[Int[Array, 'B m'], Int[Array, 'B m']],
+) -> Bool[Array, 'B n m']:
+  """Of two lists of tiles by their `segment_range`, which may share one."""
+  (least, most), (other_least, other_most) = ranges, others
+  return (least[..., None] <= other_most[:, None]) & (
+      other_least[:, None] <= most[..., None])
+
+
+def all_see(
+    query_segments: Int[Array, 'B n _'], key_segments: Int[Array, 'B m _']
+) -> Bool[Array, 'B n m']:
+  """Of tiles of queries and of keys, in which pairs every query sees every key;
+  queries that are padding, of which nothing is wanted, may."""
+  least, most = segment_range(query_segments)
+  of_queries = jnp.where(least == most, most, -1)
+  of_keys = jnp.where(jnp.min(key_segments, axis=2)
+                      == jnp.max(key_segments, axis=2), key_segments[..., 0], 0)
+  return (of_queries[..., None] == of_keys[:, None]) & (
+      of_keys[:, None] > 0)

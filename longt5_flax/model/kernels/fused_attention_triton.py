@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
   Attributes:
     tiling: of tokens, and of global tokens.
     reach_tiles: local key tiles on either side of a query tile's own.
-    rows: of the one-hot matrices.
+    rows: of the near bias: blocks that tokens of a tile may be in.
     near: global tokens of the near window; 0 without global tokens.
   """
   tiling: Tiling
@@ -60,7 +60,8 @@ class Tokens(NamedTuple):
   Attributes:
     query, key, value: [B, L, H, K].
     segment_ids: [B, L], 0 is padding.
-    bias: [H, local_tiles, tile, tile] in base 2, the band cut out.
+    bias: [H, local_tiles, tile, tile] in base 2, the band cut out; queries and
+      keys, the other way round for the gradients of keys.
   """
   query: Any
   key: Any
@@ -75,12 +76,13 @@ class Globals(NamedTuple):
   Attributes:
     key, value: [B, P, H, K], padded on both sides so that no window leaves it.
     segment_ids: [B, P], 0 is none.
-    rows: [B, L], which row of its tile's one-hot matrix a token has. Without a
-      block, -1: its segment has no global token that it could see.
-    spans: [B, L / tile, 3]: where the near window of a query tile begins in P,
-      and how many far tiles lie before and behind it.
-    near_bias: [parts, H, rows, near], whose parts add up.
-    far_bias: [H, 2], before and behind.
+    rows: [B, L], which row of the near bias a token has; any without a block:
+      its segment has no global token that it could see.
+    spans: [B, L / tile, 5]: where the near window of a query tile begins in P;
+      how many far tiles lie before and behind it; and of how many of them, the
+      nearest, every query sees every key.
+    near_bias: [H, rows, near] in base 2.
+    far_bias: [H, 2] in base 2, before and behind.
   """
   key: Any
   value: Any
@@ -97,12 +99,13 @@ class GlobalTiles(NamedTuple):
   Attributes:
     key, value: [B, S, H, K], whole tiles.
     segment_ids: [B, S].
-    bounds: [B, S / tile, 4]: of the query tiles that a tile is seen by, from
+    bounds: [B, S / tile, 6]: of the query tiles that a tile is seen by, from
       the first to the last: where those begin to which it is far behind, near,
-      far before, and where they end.
-    firsts: [B, L / tile], the block that has row 0 in a query tile.
+      far before, and where they end; and from which to before which of them
+      every query sees every key.
+    firsts: [B, L / tile], the block that has row 0 of a query tile.
     rows: see `Globals`.
-    bias: [parts, H, offsets, tile]: row o is the bias at offsets from
+    bias: [H, offsets, tile] in base 2: row o is the bias at offsets from
       o - shift on, where `shift` is an argument.
     far_bias: see `Globals`.
   """
@@ -116,41 +119,52 @@ class GlobalTiles(NamedTuple):
   far_bias: Any
 
 
-def _one_hot(geometry, rows, dtype):
-  columns = jax.lax.broadcasted_iota(
-      jnp.int32, (geometry.tile, geometry.rows), 1)
-  return (rows[:, None] == columns).astype(dtype)
-
-
-def _spread(geometry, one_hot, parts):
-  """[tile, tile]: the bias of each token's row."""
-  return sum(tiles.dot(geometry.tiling, one_hot, part) for part in parts)
-
-
 class _Side(NamedTuple):
   """One query tile's view of the global tokens, inside a kernel."""
   refs: Globals
-  one_hot: Any
+  rows: Any
   window: Any
   before: Any
   behind: Any
+  clean_before: Any
+  clean_behind: Any
 
   def near(self, geometry, i):
-    """Start of the i-th tile of the near window, and its bias."""
-    part = pl.ds(i * geometry.tile, geometry.tile)
-    bias = self.refs.near_bias
-    return self.window + i * geometry.tile, _spread(
-        geometry, self.one_hot, [bias[p, :, part] for p in
-                                 range(bias.shape[0])])
+    """The i-th tile of the near window, and its bias."""
+    bias = self.refs.near_bias[self.rows, tiles.at(i, geometry.tile)]
+    return self._load(geometry, self.window + i * geometry.tile), bias
 
-  def far_before(self, geometry, i):
-    return (self.window - (i + 1) * geometry.tile, self.refs.far_bias[0])
+  def far(self, geometry, is_before, i):
+    """The i-th far tile on one side, and its bias."""
+    start = jnp.where(
+        is_before, self.window - (i + 1) * geometry.tile,
+        self.window + geometry.near + i * geometry.tile)
+    bias = self.refs.far_bias[jnp.where(is_before, 0, 1)]
+    return self._load(geometry, start), bias
 
-  def far_behind(self, geometry, i):
-    return (self.window + geometry.near + i * geometry.tile,
-            self.refs.far_bias[1])
+  def fold_far(self, some, every, carry):
+    """Goes through the far tiles, (is it before, which one, carry) -> carry:
+    with `every` through those of which every query sees every key, with `some`
+    through others."""
+    def clean(i, carry):
+      is_before = i < self.clean_before
+      return every(
+          is_before, i - jnp.where(is_before, 0, self.clean_before), carry)
 
-  def load(self, geometry, start):
+    before = self.before - self.clean_before
+
+    def masked(i, carry):
+      is_before = i < before
+      first = jnp.where(
+          is_before, self.clean_before, self.clean_behind - before)
+      return some(is_before, first + i, carry)
+
+    carry = jax.lax.fori_loop(
+        0, self.clean_before + self.clean_behind, clean, carry)
+    return jax.lax.fori_loop(
+        0, before + self.behind - self.clean_behind, masked, carry)
+
+  def _load(self, geometry, start):
     part = pl.ds(start, geometry.tile)
     return tiles.Keys(self.refs.key[part, :], self.refs.value[part, :],
                       self.refs.segment_ids[part])
@@ -158,8 +172,7 @@ class _Side(NamedTuple):
 
 def _side(geometry, refs, tile):
   rows = refs.rows[tiles.at(tile, geometry.tile)]
-  return _Side(refs, _one_hot(geometry, rows, refs.near_bias.dtype),
-               *(refs.spans[i] for i in range(3)))
+  return _Side(refs, rows, *(refs.spans[i] for i in range(5)))
 
 
 def _local_range(geometry, tile, length):
@@ -186,16 +199,19 @@ def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
   if side_refs is not None:
     side = _side(geometry, side_refs, tile)
 
-    def step(where, i, softmax):
-      start, bias = where(geometry, i)
-      return attend(side.load(geometry, start), bias, softmax)
+    def near(i, softmax):
+      return attend(*side.near(geometry, i), softmax)
 
-    for i in range(geometry.near // geometry.tile):
-      softmax = step(side.near, i, softmax)
+    def some(is_before, i, softmax):
+      return attend(*side.far(geometry, is_before, i), softmax)
+
+    def every(is_before, i, softmax):
+      return tiles.attend_to_all(
+          geometry.tiling, query, *side.far(geometry, is_before, i), softmax)
+
     softmax = jax.lax.fori_loop(
-        0, side.before, partial(step, side.far_before), softmax)
-    softmax = jax.lax.fori_loop(
-        0, side.behind, partial(step, side.far_behind), softmax)
+        0, geometry.near // geometry.tile, near, softmax)
+    softmax = side.fold_far(some, every, softmax)
   # A real token sees itself.
   tiles.write(softmax, segments > 0, out_ref, lse_ref)
 
@@ -207,50 +223,57 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
   segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
   of_rows = rows.load(geometry.tiling, tile)
 
-  def scores_gradient(keys, bias):
+  def add(segments, keys, bias, d_query):
     _, d_scores = tiles.weights_and_gradient(
         geometry.tiling, query, segments, keys, bias, of_rows)
-    return d_scores, tiles.dot(
-        geometry.tiling, d_scores.astype(keys.key.dtype), keys.key)
+    return d_scores, d_query + tiles.apart(geometry.tiling, tiles.dot(
+        geometry.tiling, d_scores.astype(keys.key.dtype), keys.key))
 
   def local(j, d_query):
-    return d_query + scores_gradient(
-        tiles.load_keys(geometry.tiling, tokens, j),
-        tokens.bias[j - tile + geometry.reach_tiles])[1]
+    return add(segments, tiles.load_keys(geometry.tiling, tokens, j),
+               tokens.bias[j - tile + geometry.reach_tiles], d_query)[1]
 
   first, end = _local_range(geometry, tile, tokens.key.shape[0])
   d_query = jax.lax.fori_loop(
       first, end, local, jnp.zeros(query.shape, jnp.float32))
   if side_refs is not None:
     side = _side(geometry, side_refs, tile)
-    for i in range(geometry.near // geometry.tile):
-      start, bias = side.near(geometry, i)
-      d_scores, more = scores_gradient(side.load(geometry, start), bias)
-      d_query += more
-      d_near_ref[:, i * geometry.tile:(i + 1) * geometry.tile] = tiles.dot(
-          geometry.tiling, side.one_hot.T, d_scores.astype(side.one_hot.dtype))
+    rows = jax.lax.broadcasted_iota(
+        jnp.int32, (geometry.rows, geometry.tile), 0)
+    one_hot = (rows == side.rows[None, :]).astype(query.dtype)
 
-    def far(where, i, carry):
-      d_query, d_bias = carry
-      start, bias = where(geometry, i)
-      d_scores, more = scores_gradient(side.load(geometry, start), bias)
-      return d_query + more, d_bias + jnp.sum(d_scores, axis=1)
+    def near(i, d_query):
+      d_scores, d_query = add(segments, *side.near(geometry, i), d_query)
+      d_near_ref[:, tiles.at(i, geometry.tile)] = tiles.dot(
+          geometry.tiling, one_hot, d_scores.astype(query.dtype))
+      return d_query
 
+    def far(segments, is_before, i, carry):
+      d_query, d_before, d_behind = carry
+      d_scores, d_query = add(
+          segments, *side.far(geometry, is_before, i), d_query)
+      d_bias = jnp.sum(d_scores, axis=1)
+      return (d_query, d_before + jnp.where(is_before, d_bias, 0),
+              d_behind + jnp.where(is_before, 0, d_bias))
+
+    d_query = jax.lax.fori_loop(
+        0, geometry.near // geometry.tile, near, d_query)
     zeros = jnp.zeros((geometry.tile,), jnp.float32)
-    for i, (where, count) in enumerate([
-        (side.far_before, side.before), (side.far_behind, side.behind)]):
-      d_query, d_bias = jax.lax.fori_loop(
-          0, count, partial(far, where), (d_query, zeros))
+    d_query, *d_far = side.fold_far(
+        partial(far, segments), partial(far, None), (d_query, zeros, zeros))
+    for i, d_bias in enumerate(d_far):
       d_far_ref[i] = jnp.sum(d_bias)
   d_query_ref[...] = d_query.astype(d_query_ref.dtype)
 
 
-def _add_key_gradient(geometry, tokens, rows, i, keys, bias, gradients):
+def _add_key_gradient(geometry, tokens, rows, i, keys, bias, gradients,
+                      is_masked=True):
   """Adds what the i-th query tile says of a tile of keys and values."""
   part = tiles.at(i, geometry.tile)
+  segments = tokens.segment_ids[part] if is_masked else None
   return tiles.add_key_gradient(
-      geometry.tiling, tokens.query[part, :], tokens.segment_ids[part], keys,
-      bias, rows.load(geometry.tiling, i), gradients)
+      geometry.tiling, tokens.query[part, :], segments, keys, bias,
+      rows.load(geometry.tiling, i), gradients)
 
 
 def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
@@ -275,41 +298,32 @@ def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
   """Part p of the query tiles that a tile of global tokens is seen by."""
   tile, part, parts = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
   keys = tiles.Keys(side.key[...], side.value[...], side.segment_ids[...])
-  start, near, far, end = (side.bounds[i] for i in range(4))
+  start, near, far, end, clean_first, clean_end = (
+      side.bounds[i] for i in range(6))
   size = (end - start + parts - 1) // parts
   start = start + part * size
-  end = jnp.minimum(start + size, end)
-
-  def behind(i):
-    del i
-    return side.far_bias[1]
+  end = jnp.maximum(start, jnp.minimum(start + size, end))
 
   def within(i):
-    # Row r of the one-hot matrix is block firsts[i] + r; the rows of the bias
-    # go up with the offset, hence down with the block.
-    offset = tile * geometry.tile - side.firsts[i] - geometry.rows + 1
-    lines = pl.ds(offset + shift, geometry.rows)
-    token_rows = side.rows[tiles.at(i, geometry.tile)]
-    from_last = jnp.where(token_rows >= 0, geometry.rows - 1 - token_rows, -1)
-    one_hot = _one_hot(geometry, from_last, side.bias.dtype)
-    return _spread(geometry, one_hot, [side.bias[p, lines, :]
-                                       for p in range(side.bias.shape[0])])
+    # Rows of the bias go up with the offset, hence down with the block.
+    offset = tile * geometry.tile - side.firsts[i] + shift
+    return side.bias[offset - side.rows[tiles.at(i, geometry.tile)], :].T
 
-  def before(i):
-    del i
-    return side.far_bias[0]
-
-  def of_query_tile(bias, i, gradients):
-    return _add_key_gradient(
-        geometry, tokens, rows, i, keys, bias(i), gradients)
-
+  add = partial(_add_key_gradient, geometry, tokens, rows)
+  near, far = tiles.clip_span((near, far), start, end)
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
-  gradients = zeros, zeros
-  for bias, first, last in ((behind, start, near), (within, near, far),
-                            (before, far, end)):
+  gradients = jax.lax.fori_loop(
+      near, far, lambda i, gradients: add(i, keys, within(i), gradients),
+      (zeros, zeros))
+  for bias, first, last in ((side.far_bias[1], start, near),
+                            (side.far_bias[0], far, end)):
+    hole = tiles.clip_span((clean_first, clean_end), first, last)
+    gradients = tiles.fold_around(
+        first, last, hole, lambda i, gradients, bias=bias: add(
+            i, keys, bias, gradients), gradients)
     gradients = jax.lax.fori_loop(
-        jnp.maximum(first, start), jnp.minimum(last, end),
-        partial(of_query_tile, bias), gradients)
+        *hole, lambda i, gradients, bias=bias: add(
+            i, keys, bias, gradients, is_masked=False), gradients)
   d_key_ref[...], d_value_ref[...] = gradients
 
 
@@ -337,11 +351,10 @@ def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
       of_query_tile, jnp.zeros(bias.shape, jnp.float32))
 
 
-def _by_head(x, axis=0):
+def _by_head(x):
   """A bias: all of it that belongs to the head."""
-  shape = tuple(None if i == axis else n for i, n in enumerate(x.shape))
-  return pl.BlockSpec(shape, lambda b, h, *_: tuple(
-      h if i == axis else 0 for i in range(x.ndim)))
+  return pl.BlockSpec((None, *x.shape[1:]),
+                      lambda b, h, *_: (h,) + (0,) * (x.ndim - 1))
 
 
 def _token_specs(tokens, query):
@@ -355,7 +368,7 @@ def _global_specs(side):
   return Globals(
       tiles.whole(side.key), tiles.whole(side.value),
       tiles.whole(side.segment_ids), tiles.whole(side.rows),
-      tiles.of_tile(side.spans), _by_head(side.near_bias, 1),
+      tiles.of_tile(side.spans), _by_head(side.near_bias),
       _by_head(side.far_bias))
 
 
@@ -433,7 +446,7 @@ def backward_side(
   specs = GlobalTiles(
       key, key, tiles.tiles(side.segment_ids, geometry.tile),
       tiles.of_tile(side.bounds), tiles.whole(side.firsts),
-      tiles.whole(side.rows), _by_head(side.bias, 1), _by_head(side.far_bias))
+      tiles.whole(side.rows), _by_head(side.bias), _by_head(side.far_bias))
   out = pl.BlockSpec((None, None, geometry.tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   shape = jax.ShapeDtypeStruct(

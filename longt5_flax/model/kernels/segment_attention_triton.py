@@ -34,6 +34,15 @@ class Arrays(NamedTuple):
   segment_ids: Any
 
 
+def _fold(first, end, spans, some, every, carry):
+  """Goes through the tiles from `first` to `end`: with `every` through those of
+  which every key and every query see each other, with `some` through others."""
+  end = jnp.maximum(first, end)
+  hole = tiles.clip_span((spans[2], spans[3]), first, end)
+  carry = tiles.fold_around(first, end, hole, some, carry)
+  return jax.lax.fori_loop(*hole, every, carry)
+
+
 def _share(spans):
   """The part of a span that belongs to this program."""
   part, parts = pl.program_id(3), pl.num_programs(3)
@@ -46,13 +55,16 @@ def _share(spans):
 def _forward(tiling, arrays, spans, out_ref, lse_ref):
   query, segments = arrays.query[...], arrays.query_segments[...]
 
-  def add(j, softmax):
+  def some(j, softmax):
     return tiles.attend(tiling, query, segments,
                         tiles.load_keys(tiling, arrays, j), 0.0, softmax)
 
-  first, end = _share(spans)
-  softmax = jax.lax.fori_loop(
-      first, end, add, tiles.no_keys(tiling, query.shape[1]))
+  def every(j, softmax):
+    return tiles.attend_to_all(
+        tiling, query, tiles.load_keys(tiling, arrays, j), 0.0, softmax)
+
+  softmax = _fold(*_share(spans), spans, some, every,
+                  tiles.no_keys(tiling, query.shape[1]))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
   tiles.write(softmax, sees, out_ref, lse_ref)
 
@@ -61,31 +73,33 @@ def _backward_query(tiling, arrays, spans, rows, d_query_ref):
   query, segments = arrays.query[...], arrays.query_segments[...]
   rows = Rows(*(ref[...] for ref in rows))
 
-  def add(j, d_query):
+  def add(segments, j, d_query):
     keys = tiles.load_keys(tiling, arrays, j)
     _, d_scores = tiles.weights_and_gradient(
         tiling, query, segments, keys, 0.0, rows)
     return d_query + tiles.dot(
         tiling, d_scores.astype(keys.key.dtype), keys.key)
 
-  first, end = _share(spans)
-  d_query_ref[...] = jax.lax.fori_loop(
-      first, end, add, jnp.zeros(query.shape, jnp.float32))
+  d_query_ref[...] = _fold(
+      *_share(spans), spans, partial(add, segments), partial(add, None),
+      jnp.zeros(query.shape, jnp.float32))
 
 
 def _backward_key(tiling, arrays, spans, rows, d_key_ref, d_value_ref):
   keys = tiles.Keys(
       arrays.key[...], arrays.value[...], arrays.segment_ids[...])
 
-  def add(i, gradients):
+  def add(is_masked, i, gradients):
     part = tiles.at(i, tiling.tile)
+    segments = arrays.query_segments[part] if is_masked else None
     return tiles.add_key_gradient(
-        tiling, arrays.query[part, :], arrays.query_segments[part], keys, 0.0,
+        tiling, arrays.query[part, :], segments, keys, 0.0,
         rows.load(tiling, i), gradients)
 
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
-  d_key, d_value = jax.lax.fori_loop(
-      spans[0], spans[1], add, (zeros, zeros))
+  d_key, d_value = _fold(
+      spans[0], spans[1], spans, partial(add, True), partial(add, False),
+      (zeros, zeros))
   d_key_ref[...] = d_key.astype(d_key_ref.dtype)
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
@@ -107,8 +121,8 @@ def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
             ) -> tuple[jax.Array, jax.Array]:
   """What queries attend to in each part of their keys, [parts, B, T, H, K], and
   the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
-  float32. `spans`: [B, T / tile, 2], from which to before which tile of keys a
-  tile of queries sees any."""
+  float32. `spans`: [B, T / tile, 4], from which to before which tile of keys a
+  tile of queries sees any, and those of which every query sees every key."""
   batch, length, heads, size = arrays.query.shape
   tile = tiling.tile
   out = pl.BlockSpec((None, None, tile, None, size),
@@ -145,8 +159,8 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
 
 def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows
                  ) -> tuple[jax.Array, jax.Array]:
-  """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / tile, 2],
-  from which to before which tile of queries any sees a tile of keys."""
+  """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / tile, 4],
+  as for `forward` the other way round."""
   batch, length, heads, _ = arrays.key.shape
   key = tiles.tiles(arrays.key, tiling.tile)
   shape = jax.ShapeDtypeStruct(arrays.key.shape, arrays.key.dtype)

@@ -72,6 +72,18 @@ def dot(tiling: Tiling, a: Any, b: Any) -> Any:
                      preferred_element_type=jnp.float32)
 
 
+def apart(tiling: Tiling, product: Any) -> Any:
+  """A product that the compiler does not add to its sum in the matrix unit.
+
+  It would, and where several loops hand one sum on, it has to move the sum
+  between registers and then waits for every single instruction of the unit
+  (ptxas says so, C7515). Programs have no negative number.
+  """
+  if tiling.interpret:
+    return product
+  return jnp.where(pl.program_id(2) >= 0, product, 0)
+
+
 def at(index: Any, size: int) -> Any:
   """The index-th run of `size` elements."""
   return pl.ds(pl.multiple_of(index * size, size), size)
@@ -103,12 +115,27 @@ def attend(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any,
   """Adds a tile of keys."""
   new_scores = scores(tiling, query, segments, keys, bias)
   top = jnp.maximum(softmax.top, jnp.max(new_scores, axis=1))
+  return _add_weights(
+      tiling, jnp.exp2(new_scores - top[:, None]), top, keys, softmax)
+
+
+def attend_to_all(tiling: Tiling, query: Any, keys: Keys, bias: Any,
+                  softmax: Softmax) -> Softmax:
+  """`attend` where every query sees every key and `bias` is one number; half
+  the instructions."""
+  products = dot(tiling, query, keys.key.T)
+  top = jnp.maximum(
+      softmax.top, jnp.max(products, axis=1) * LOG2_E + bias)
+  weights = jnp.exp2(products * LOG2_E + (bias - top)[:, None])
+  return _add_weights(tiling, weights, top, keys, softmax)
+
+
+def _add_weights(tiling, weights, top, keys, softmax):
   shrink = jnp.exp2(softmax.top - top)
-  weights = jnp.exp2(new_scores - top[:, None])
   return Softmax(
       top, softmax.total * shrink + jnp.sum(weights, axis=1),
-      softmax.output * shrink[:, None] + dot(
-          tiling, weights.astype(keys.value.dtype), keys.value))
+      softmax.output * shrink[:, None] + apart(tiling, dot(
+          tiling, weights.astype(keys.value.dtype), keys.value)))
 
 
 def write(softmax: Softmax, real: Any, out_ref: Any, lse_ref: Any) -> None:
@@ -123,9 +150,14 @@ def write(softmax: Softmax, real: Any, out_ref: Any, lse_ref: Any) -> None:
 
 def weights_and_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
                          bias: Any, rows: Rows) -> tuple[Any, Any]:
-  """Weights, and the gradient of scores in base e."""
-  weights = jnp.exp2(
-      scores(tiling, query, segments, keys, bias) - rows.lse[:, None])
+  """Weights, and the gradient of scores in base e. Without segments all keys
+  are seen, and `bias` is one number."""
+  if segments is None:
+    weights = jnp.exp2(dot(tiling, query, keys.key.T) * LOG2_E
+                       + (bias - rows.lse)[:, None])
+  else:
+    weights = jnp.exp2(
+        scores(tiling, query, segments, keys, bias) - rows.lse[:, None])
   d_weights = dot(tiling, rows.gradient, keys.value.T)
   return weights, weights * (d_weights - rows.delta[:, None])
 
@@ -133,13 +165,44 @@ def weights_and_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
 def add_key_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
                      bias: Any, rows: Rows, gradients: tuple[Any, Any]
                      ) -> tuple[Any, Any]:
-  """Adds what a tile of queries says of a tile of keys and values."""
-  weights, d_scores = weights_and_gradient(
-      tiling, query, segments, keys, bias, rows)
+  """Adds what a tile of queries says of a tile of keys and values.
+
+  Works on [keys, queries], so that what comes out of one product goes into the
+  next without changing places between threads; `bias` is transposed, or one
+  number. Without segments all keys are seen.
+  """
+  products = dot(tiling, keys.key, query.T) * LOG2_E
+  if segments is None:
+    weights = jnp.exp2(products + (bias - rows.lse)[None, :])
+  else:
+    same = keys.segment_ids[:, None] == segments[None, :]
+    weights = jnp.exp2(
+        jnp.where(same, products + bias, MASKED) - rows.lse[None, :])
+  d_weights = dot(tiling, keys.value, rows.gradient.T)
+  d_scores = weights * (d_weights - rows.delta[None, :])
   d_key, d_value = gradients
-  return (d_key + dot(tiling, d_scores.astype(query.dtype).T, query),
-          d_value + dot(tiling, weights.astype(rows.gradient.dtype).T,
+  return (d_key + dot(tiling, d_scores.astype(query.dtype), query),
+          d_value + dot(tiling, weights.astype(rows.gradient.dtype),
                         rows.gradient))
+
+
+def fold_around(first: Any, end: Any, hole: tuple[Any, Any],
+                body: Callable[[Any, Any], Any], carry: Any) -> Any:
+  """`fori_loop(first, end, body, carry)` without what lies in the hole, whose
+  borders are within."""
+  before = hole[0] - first
+
+  def step(i, carry):
+    return body(jnp.where(i < before, first + i, hole[1] + i - before), carry)
+
+  return jax.lax.fori_loop(0, before + end - hole[1], step, carry)
+
+
+def clip_span(span: tuple[Any, Any], first: Any, end: Any) -> tuple[Any, Any]:
+  """The part of a span that lies between `first` and `end`; if there is none,
+  an empty one there."""
+  start = jnp.clip(span[0], first, end)
+  return start, jnp.clip(span[1], start, end)
 
 
 # How arrays are cut for the grids: `whole` for all of a row, `tiles` for the
