@@ -15,6 +15,10 @@ from longt5_flax.config import ConfigError
 from longt5_flax.model.kernels.triton_tiles import Tiling
 
 
+# Compute capabilities of GPUs with more than 160 KB of it: A100, H100, B200.
+_LARGE_SHARED_MEMORY = ('8.0', '9.0', '10.0')
+
+
 class KernelOptions(NamedTuple):
   """How kernels are run; results are the same within rounding.
 
@@ -27,8 +31,13 @@ class KernelOptions(NamedTuple):
 
   def tiling(self, dtype: DTypeLike) -> Tiling:
     """For products in `dtype`; see `to_operands`."""
-    return Tiling(self.tile, jax.lax.Precision.DEFAULT if dtype == jnp.float16
-                  else jax.lax.Precision.HIGHEST, self.interpret)
+    precision = (jax.lax.Precision.DEFAULT if dtype == jnp.float16 else
+                 jax.lax.Precision.HIGHEST)
+    device = jax.local_devices()[0]
+    capability = getattr(device, 'compute_capability', '')
+    return Tiling(self.tile, precision,
+                  3 if capability in _LARGE_SHARED_MEMORY else 2,
+                  self.interpret)
 
 
 ON_A_GPU = KernelOptions()

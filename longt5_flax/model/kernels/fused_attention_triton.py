@@ -379,7 +379,8 @@ def forward(geometry: Geometry, tokens: Tokens, side: Globals | None
   batch, length, heads, _ = tokens.query.shape
   query = tiles.tiles(tokens.query, geometry.tile)
   return tiles.call(
-      geometry.tiling, partial(_forward, geometry),
+      # So that three programs fit on a multiprocessor.
+      geometry.tiling._replace(stages=2), partial(_forward, geometry),
       (batch, heads, length // geometry.tile),
       [_token_specs(tokens, query), _global_specs(side)],
       [query, pl.BlockSpec((None, None, geometry.tile),

@@ -15,7 +15,6 @@ from jax.experimental.pallas import triton as plgpu
 LOG2_E = 1.4426950408889634
 # Of what a band or segments hide. Finite: a difference of two is 0.
 MASKED = -1e30
-_STAGES = 2
 _WARPS = 4
 
 
@@ -25,10 +24,12 @@ class Tiling(NamedTuple):
   Attributes:
     tile: tokens of a tile, queries or keys.
     precision: of products of float32 operands.
+    stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
   """
   tile: int
   precision: jax.lax.Precision
+  stages: int
   interpret: bool
 
 
@@ -247,4 +248,4 @@ def call(tiling: Tiling, kernel: Callable[..., None], grid: tuple[int, ...],
       kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
       out_shape=out_shapes, interpret=tiling.interpret, name=name,
       compiler_params=plgpu.CompilerParams(
-          num_warps=_WARPS, num_stages=_STAGES))
+          num_warps=_WARPS, num_stages=tiling.stages))
