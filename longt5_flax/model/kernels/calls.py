@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from longt5_flax.config import ConfigError
 from longt5_flax.model.kernels.triton_tiles import Tiling
 
-
 # Compute capabilities of GPUs with more than 160 KB of it: A100, H100, B200.
 _LARGE_SHARED_MEMORY = ('8.0', '9.0', '10.0')
 
