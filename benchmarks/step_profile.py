@@ -11,11 +11,19 @@ import collections
 import gzip
 import json
 import math
+import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 TOP = 40
+OPTIMIZER = 'optimizer and metrics'
 # Their time is that of the instructions in them.
 _CONTAINERS = ('while', 'conditional', 'call')
 DIRECTIONS = ('forward', 'recompute', 'backward', 'update')
@@ -23,24 +31,23 @@ DIRECTIONS = ('forward', 'recompute', 'backward', 'update')
 PARTS = tuple((re.compile(pattern), part) for pattern, part in (
     (r'\.logits|/logits|jvp\(\)|jvp\(jit', 'logits and loss'),
     (r'/token_embedder', 'embedding'),
-    (r'/encoder/.*attention/.*_globals', 'encoder global tokens'),
-    (r'/encoder/.*project_(query|key_value)|/encoder/.*attention/(query|key|'
-     r'value)/', 'encoder query, key, value'),
-    (r'/encoder/.*project_out|/encoder/.*attention/out/', 'encoder out'),
-    (r'/encoder/.*/mlp', 'encoder MLP'),
-    (r'/encoder/.*norm', 'encoder norms'),
-    (r'/encoder/.*_context|/encoder/.*relpos_bias', 'encoder biases and blocks'),
-    (r'/encoder/.*attention', 'encoder attention'),
-    (r'/encoder', 'encoder rest'),
     (r'/encoder_decoder_attention/.*project_key_value',
      'decoder cross keys and values'),
     (r'/encoder_decoder_attention/.*project_', 'decoder cross query and out'),
     (r'/encoder_decoder_attention', 'decoder cross-attention'),
-    (r'/decoder/.*self_attention/.*project_', 'decoder self projections'),
-    (r'/decoder/.*/self_attention', 'decoder self-attention'),
-    (r'/decoder/.*/mlp', 'decoder MLP'),
-    (r'/decoder/.*norm', 'decoder norms'),
-    (r'/decoder', 'decoder rest'),
+    (r'/self_attention/.*project_', 'decoder self projections'),
+    (r'/self_attention', 'decoder self-attention'),
+    (r'/attention/.*_globals', 'encoder global tokens'),
+    (r'/attention/.*project_(query|key_value)', 'encoder query, key, value'),
+    (r'/attention/.*project_out', 'encoder out'),
+    (r'/attention', 'encoder attention'),
+    (r'/encoder/.*/mlp', 'encoder MLP'),
+    (r'/encoder/.*norm', 'encoder norms'),
+    (r'/encoder/.*(_context|relpos_bias)', 'encoder biases and blocks'),
+    (r'/encoder/', 'encoder rest'),
+    (r'/mlp', 'decoder MLP'),  # Decoding does not say whose it is.
+    (r'norm', 'decoder norms'),
+    (r'/decoder/', 'decoder rest'),
     (r'jvp\(', 'rest of the model'),
 ))
 # Kinds of kernel by the first pattern that is found in its names.
@@ -141,6 +148,56 @@ class Summary(NamedTuple):
   groups: list[Group]
 
 
+def record(run: Callable[[], Any], steps: int, compiled: Any, folder: str,
+           name: str) -> dict[str, Any]:
+  """Traces some calls of a compiled program and writes what it finds.
+
+  Args:
+    run: calls the program once, and returns something to wait for.
+    steps: how many calls.
+    compiled: the program.
+    folder: for NAME.md, the tables; NAME.trace.json.gz; NAME.hlo.txt.gz, the
+      compiled program.
+    name: of the files.
+
+  Returns:
+    The numbers of a JSON line.
+  """
+  text = compiled.as_text()
+  with gzip.open(f'{folder}/{name}.hlo.txt.gz', 'wt') as file:
+    file.write(text)
+  for _ in range(2):
+    jax.block_until_ready(run())
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  with tempfile.TemporaryDirectory() as raw:
+    jax.profiler.start_trace(raw, profiler_options=options)
+    for _ in range(steps):
+      last = run()
+    jax.block_until_ready(last)
+    jax.profiler.stop_trace()
+    trace = f'{folder}/{name}.trace.json.gz'
+    shutil.copy(next(Path(raw).rglob('*.trace.json.gz')), trace)
+  summary = summarise(read_trace(trace), parse_hlo(text), steps)
+  Path(folder, f'{name}.md').write_text(
+      tables(summary, f'{name}, {steps} calls'), 'utf-8')
+  return line(summary)
+
+
+def prepare(folder: str) -> dict[str, str]:
+  """Makes the folder; the environment in which kernels can be told apart."""
+  os.makedirs(folder, exist_ok=True)
+  # CUDA graphs hide which instruction a kernel is of.
+  flags = os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_enable_command_buffer='
+  return {'XLA_FLAGS': flags.strip()}
+
+
+def show_tables(folder: str, name: str) -> None:
+  """Prints them to stderr, as stdout is for lines."""
+  print(Path(folder, f'{name}.md').read_text('utf-8'), file=sys.stderr,
+        flush=True)
+
+
 def parse_hlo(text: str) -> Module:
   """Reads what `compiled.as_text()` gives."""
   computations: dict[str, list[Instruction]] = {}
@@ -198,7 +255,9 @@ def read_trace(path: str) -> list[Kernel]:
                     event['ts'], event['dur'])
              for event in events if counts(event)]
   if not kernels:
-    raise ValueError(f'{path} holds no kernels: the profiler saw no device.')
+    threads = sorted({name for (kind, *_), name in named.items()
+                      if kind == 'thread_name'})
+    raise ValueError(f'{path} holds no kernels, only {threads}.')
   return kernels
 
 
@@ -285,7 +344,9 @@ def part_of(op_name: str) -> str:
   for pattern, part in PARTS:
     if pattern.search(op_name):
       return part
-  return 'optimizer and metrics' if op_name.startswith('jit(') else 'unknown'
+  if op_name.startswith('jit(train_step)'):
+    return OPTIMIZER
+  return 'rest of the program' if op_name.startswith('jit(') else 'unknown'
 
 
 def direction_of(op_name: str) -> str:
@@ -294,9 +355,10 @@ def direction_of(op_name: str) -> str:
     return 'recompute'
   if 'transpose(' in op_name:
     return 'backward'
-  if 'jvp(' in op_name:
-    return 'forward'
-  return 'update' if op_name.startswith('jit(') else ''
+  if not op_name.startswith('jit('):
+    return ''
+  # What is taken out of a loop has lost its 'jvp('.
+  return 'update' if part_of(op_name) == OPTIMIZER else 'forward'
 
 
 def kind_of(kernel: str, instruction: Instruction | None, module: Module

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.processes import Line
+
 # What an H100 or H200 reaches, as measured: bf16 matrix products of 8192 x 8192
 # random numbers in operations a second, and bytes a second read and written.
 MATMUL_FLOPS = {'NVIDIA H200': 800e12, 'NVIDIA H100 80GB HBM3': 800e12}
@@ -27,16 +29,15 @@ class Limits(NamedTuple):
 
 
 def time_calls(call: Callable[[], Any], wait: Callable[[Any], Any],
-               limits: Limits) -> list[float]:
+               limits: Limits, ahead: bool = True) -> list[float]:
   """Seconds between the ends of consecutive calls.
-
-  As a training loop does it, a call is sent off before the one before it is
-  waited for, so that the device need not wait for Python.
 
   Args:
     call: starts one, and returns what `wait` takes.
     wait: returns when it has ended.
     limits: when to stop.
+    ahead: as in a training loop, a call is sent off before the one before it is
+      waited for, so that the device need not wait for Python.
   """
   start = time.perf_counter()
   for _ in range(limits.warmup):
@@ -44,15 +45,16 @@ def time_calls(call: Callable[[], Any], wait: Callable[[Any], Any],
     if time.perf_counter() - start > limits.max_seconds / 4:
       break
   times: list[float] = []
-  pending = call()
+  pending = [call()] if ahead else []
   start = last = time.perf_counter()
   while not _enough(times, last - start, limits):
-    following = call()
-    wait(pending)
+    pending.append(call())
+    wait(pending.pop(0))
     now = time.perf_counter()
     times.append(now - last)
-    last, pending = now, following
-  wait(pending)
+    last = now
+  for each in pending:
+    wait(each)
   return times
 
 
@@ -70,3 +72,13 @@ def spread(seconds: Sequence[float]) -> dict[str, float | int]:
           'median_ms': round(1000 * statistics.median(seconds), 3),
           'p10_ms': round(1000 * tenths[0], 3),
           'p90_ms': round(1000 * tenths[-1], 3)}
+
+
+def compare(peer: Line, ours: Line | None) -> Line:
+  """The peer's line, with how much better ours is, where both ended well."""
+  if ours is None or 'error' in peer or 'error' in ours:
+    return peer
+  line = peer | {'speedup': round(peer['median_ms'] / ours['median_ms'], 2)}
+  if peer['peak_bytes'] and ours['peak_bytes']:
+    line['memory_ratio'] = round(ours['peak_bytes'] / peer['peak_bytes'], 3)
+  return line

@@ -15,7 +15,8 @@ An `error` (out of memory, too slow) ends its case, not the others.
 --peer measures Hugging Face's PyTorch LongT5 on the same shapes in the same
 run, `eager` or by torch.`compile`, `-remat` with gradient checkpointing; its
 line has `speedup`, the fastest of ours over it, and `memory_ratio`, ours over
-it. It is bf16 throughout, with PyTorch's fused AdamW or transformers' Adafactor.
+it. It is bf16 throughout, its optimizer PyTorch's fused AdamW or transformers'
+Adafactor.
 
 --profile prints no times of steps but where one goes: by part of the model, by
 kind of kernel, and its longest kernels; and writes table, trace and compiled
@@ -25,12 +26,10 @@ JAX_COMPILATION_CACHE_DIR saves compiling twice, and spoils `compile_seconds`.
 """
 
 import argparse
-import gzip
 import itertools
-import json
 import os
+import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +40,13 @@ import numpy as np
 
 from benchmarks import step_profile
 from benchmarks.processes import Line, Show, environment, run_alone, show_on
-from benchmarks.timing import MATMUL_FLOPS, Limits, spread, time_calls
+from benchmarks.timing import (
+    MATMUL_FLOPS,
+    Limits,
+    compare,
+    spread,
+    time_calls,
+)
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError
 from longt5_flax.training import partitioning, run_config
@@ -168,15 +173,15 @@ def measure(overrides: list[str], limits: list[float]) -> Iterator[Line]:
 
     seconds = time_calls(step, jax.block_until_ready, Limits(*limits))
   stats = device.memory_stats() or {}
-  times = spread(seconds)
-  yield times | rates(program.config, times['median_ms'], device.device_kind) | {
-      'peak_bytes': stats.get('peak_bytes_in_use'),
-      'loss': round(float(metrics['loss']), 4)}
+  yield spread(seconds)
+  yield rates(program.config, statistics.median(seconds), device.device_kind)
+  yield {'peak_bytes': stats.get('peak_bytes_in_use'),
+         'loss': round(float(metrics['loss']), 4)}
 
 
-def rates(config: Any, median_ms: float, device: str) -> Line:
-  """Tokens a second, MFU, and the floor."""
-  data, seconds = config.data, median_ms / 1000
+def rates(config: Any, seconds: float, device: str) -> Line:
+  """Tokens a second, MFU, and the floor, of a step that takes so long."""
+  data = config.data
   flops = data.batch_size * train_flops(
       run_config.model_config(config.model), data.inputs_length,
       data.targets_length)
@@ -198,31 +203,17 @@ def profile(overrides: list[str], steps: int, folder: str, name: str
   """Where a step goes; in a process of its own."""
   program = make_program(overrides)
   yield {'device': jax.devices()[0].device_kind}
-  with partitioning.active(program.mesh), tempfile.TemporaryDirectory() as raw:
+  with partitioning.active(program.mesh):
     compiled, compiling = compile_step(program)
     yield compiling
-    text = compiled.as_text()
-    with gzip.open(f'{folder}/{name}.hlo.txt.gz', 'wt') as file:
-      file.write(text)
     state = program.new_state()
-    for _ in range(2):
+
+    def step():
+      nonlocal state
       state, metrics = compiled(state, program.batch)
-    jax.block_until_ready(metrics)
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    jax.profiler.start_trace(raw, profiler_options=options)
-    for _ in range(steps):
-      state, metrics = compiled(state, program.batch)
-    jax.block_until_ready((state, metrics))
-    jax.profiler.stop_trace()
-    traces = list(Path(raw).rglob('*.trace.json.gz'))
-    os.replace(traces[0], f'{folder}/{name}.trace.json.gz')
-  found = step_profile.summarise(
-      step_profile.read_trace(f'{folder}/{name}.trace.json.gz'),
-      step_profile.parse_hlo(text), steps)
-  Path(f'{folder}/{name}.md').write_text(
-      step_profile.tables(found, f'{name}, {steps} steps'), 'utf-8')
-  yield step_profile.line(found)
+      return metrics
+
+    yield step_profile.record(step, steps, compiled, folder, name)
 
 
 def overrides_of(arguments: argparse.Namespace, case: str, attention: str,
@@ -281,7 +272,7 @@ def run_case(arguments: argparse.Namespace, case: str, peers: Sequence[str],
     ours.append(variant['line'] | run_alone(
         'benchmarks.train_step:measure',
         {'overrides': variant['overrides'], 'limits': limits},
-        arguments.case_timeout, environment=_whole_memory()))
+        arguments.case_timeout, environment=whole_memory()))
     show(ours[-1])
   done = [line for line in ours if 'error' not in line]
   best = min(done, key=lambda line: line['median_ms'], default=None)
@@ -290,22 +281,19 @@ def run_case(arguments: argparse.Namespace, case: str, peers: Sequence[str],
 
 
 def run_profile(arguments: argparse.Namespace, variant: Line) -> Line:
-  """Prints the tables to stderr, as stdout is for lines."""
+  """The line of a profile; its tables go to stderr."""
   line = variant['line']
-  os.makedirs(arguments.profile, exist_ok=True)
   name = '-'.join(str(line[key]) for key in (
       'preset', 'length', 'rows', 'attention', 'remat')) + (
           '-scan' if line['scan_layers'] else '')
-  flags = os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_enable_command_buffer='
+  folder = os.path.abspath(arguments.profile)
   result = run_alone(
       'benchmarks.train_step:profile',
       {'overrides': variant['overrides'], 'steps': arguments.profile_steps,
-       'folder': os.path.abspath(arguments.profile), 'name': name},
-      arguments.case_timeout,
-      environment=_whole_memory() | {'XLA_FLAGS': flags.strip()})
+       'folder': folder, 'name': name}, arguments.case_timeout,
+      environment=whole_memory() | step_profile.prepare(folder))
   if 'error' not in result:
-    print(Path(arguments.profile, f'{name}.md').read_text('utf-8'),
-          file=sys.stderr, flush=True)
+    step_profile.show_tables(folder, name)
   return line | {'measure': 'profile'} | result
 
 
@@ -330,18 +318,9 @@ def run_peer(arguments: argparse.Namespace, case: str, peer: str,
   return line | result
 
 
-def compare(peer: Line, ours: Line | None) -> Line:
-  """The peer's line, with how much better the best of ours is."""
-  if ours is None or 'error' in peer:
-    return peer
-  line = peer | {'speedup': round(peer['median_ms'] / ours['median_ms'], 2)}
-  if peer['peak_bytes'] and ours['peak_bytes']:
-    line['memory_ratio'] = round(ours['peak_bytes'] / peer['peak_bytes'], 3)
-  return line
-
-
-def _whole_memory():
-  # JAX takes three quarters of a GPU by default.
+def whole_memory() -> dict[str, str]:
+  """The environment of a process that has the GPU to itself: JAX takes three
+  quarters by default."""
   return {'XLA_PYTHON_CLIENT_MEM_FRACTION': os.environ.get(
       'XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')}
 
