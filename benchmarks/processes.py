@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 _OUT_OF_MEMORY = ('RESOURCE_EXHAUSTED', 'OutOfMemoryError', 'out of memory',
                   'Out of memory')
 _EXCEPTION = re.compile(r'[\w.]+(Error|Exception|Unsupported): ')
-_STDERR_SHOWN = 4000
+_STDERR_SHOWN = 2000
 
 
 def run_alone(function: str, arguments: Line, timeout: float,

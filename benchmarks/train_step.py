@@ -225,8 +225,13 @@ def overrides_of(arguments: argparse.Namespace, case: str, attention: str,
       'data.targets_length': arguments.targets, 'data.batch_size': rows,
       'precision.dtype': arguments.dtype, 'precision.attention': attention,
       'precision.remat': remat, 'precision.scan_layers': scan}
-  return [*(f'--config.{name}={value}' for name, value in values.items()),
+  return [*config_overrides(values),
           *(f'--config.{text}' for text in arguments.override)]
+
+
+def config_overrides(values: Line) -> list[str]:
+  """Arguments of train.py's command line."""
+  return [f'--config.{name}={value}' for name, value in values.items()]
 
 
 def parse_case(case: str) -> tuple[int, int]:
