@@ -61,8 +61,8 @@ def summary(runs: Sequence[tuple[Line, Line]]) -> Line:
                    for line in lines] for lines in zip(*runs, strict=True))
   result: Line = {
       'device': runs[0][0]['device'], 'repeats': len(runs),
-      'trace_seconds': statistics.median(
-          line['trace_seconds'] for pair in runs for line in pair)}
+      'trace_seconds': round(statistics.median(
+          line['trace_seconds'] for pair in runs for line in pair), 2)}
   for name, seconds in (('cold', cold), ('cached', cached)):
     result[f'{name}_seconds'] = round(statistics.median(seconds), 2)
     result[f'{name}_range'] = [round(min(seconds), 2), round(max(seconds), 2)]

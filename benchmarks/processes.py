@@ -80,11 +80,12 @@ def _end(process):
 
 
 def _explain(code, said):
-  if any(text in said for text in _OUT_OF_MEMORY):
-    return 'out of memory'
   lines = said.strip().splitlines() or ['']
   errors = [line for line in lines if _EXCEPTION.match(line)]
-  return f'exit code {code}: {(errors or lines)[-1][:300]}'
+  last = (errors or lines)[-1]
+  if any(text in last for text in _OUT_OF_MEMORY):
+    return 'out of memory'
+  return f'exit code {code}: {last[:300]}'
 
 
 def show_on(path: str | None) -> Show:
