@@ -81,6 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
   add('--remat', default='none')
   add('--scan', nargs='+', default=['false', 'true'],
       choices=('true', 'false'), help='as precision.scan_layers')
+  add('--override', nargs='+', default=[], metavar='KEY=VALUE',
+      help='of configs/base.py')
   add('--repeats', type=int, default=1)
   add('--case_timeout', type=float, default=300.0,
       help='seconds that one compilation may take')
@@ -95,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
            for scan in arguments.scan]
   try:
     length, rows = parse_case(arguments.case)
-    overrides = [config_overrides({
+    overrides = [[*config_overrides({
         'model.preset': preset, 'data.inputs_length': length,
         'data.targets_length': arguments.targets, 'data.batch_size': rows,
         'precision.attention': arguments.attention,
-        'precision.remat': arguments.remat, 'precision.scan_layers': scan})
+        'precision.remat': arguments.remat, 'precision.scan_layers': scan}),
+                  *(f'--config.{text}' for text in arguments.override)]
                  for preset, scan in cases]
     for each in overrides:
       run_config.check_config(read_config(CONFIG, each))
@@ -114,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show({'benchmark': 'compile_time', 'preset': preset, 'length': length,
           'rows': rows, 'targets': arguments.targets,
           'attention': arguments.attention, 'remat': arguments.remat,
-          'scan_layers': scan == 'true', **summary(runs)})
+          'scan_layers': scan == 'true', 'override': arguments.override,
+          **summary(runs)})
   return 0
 
 

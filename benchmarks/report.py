@@ -184,8 +184,9 @@ def plot(lines: Sequence[Line], path: str) -> None:
   for i, (name, group) in enumerate(groups.items()):
     color, marker = _STYLES.get(
         name.removesuffix('-remat'), (f'C{4 + i}', 'd'))
-    style = {'color': color, 'marker': marker, 'label': name,
-             'linestyle': '--' if name.endswith('-remat') else '-'}
+    style = {'color': color, 'marker': marker, 'label': name}
+    if name.endswith('-remat'):
+      style |= {'linestyle': '--', 'fillstyle': 'none'}
     done = [line for line in group if 'error' not in line]
     speed.plot(*_best(done, 'length', lambda it: it['input_tokens_per_second'],
                       max), **style)
@@ -212,7 +213,8 @@ def plot(lines: Sequence[Line], path: str) -> None:
         lambda value, _: f'{value / 1024:g}k'))
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     axes.grid(alpha=0.3)
-  speed.legend()
+  figure.legend(*speed.get_legend_handles_labels(),
+                loc='outside lower center', ncols=5)
   figure.savefig(path, dpi=120)
   plt.close(figure)
 
