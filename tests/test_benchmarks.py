@@ -251,8 +251,9 @@ jvp(M)/M.encode/encoder/layers_0/attention/longt5_attention_forward"}
   %gemm.3 = (bf16[8,4]{1,0}, s8[64]{0}) custom-call(%fusion.1, %b), \
 custom_call_target="__cublas$gemm", metadata={op_name="jit(train_step)/\
 transpose(jvp(M))/checkpoint/rematted_computation/M.encode/encoder/layers_3/mlp\
-/wo/dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers\
-":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+/wo/dot_general"}, backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["1"]}}}
   %copy.4 = f32[8,4]{0,1} copy(%c)
   %norm_fusion.5 = f32[8,4]{1,0} fusion(%copy.4), kind=kLoop, \
 calls=%fused_norm, metadata={op_name="jit(train_step)/transpose(jvp(M))/\
