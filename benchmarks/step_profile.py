@@ -52,7 +52,7 @@ PARTS = tuple((re.compile(pattern), part) for pattern, part in (
 ))
 # Kinds of kernel by the first pattern that is found in its names.
 KINDS = tuple((re.compile(pattern), kind) for pattern, kind in (
-    (r'longt5_attention', 'attention kernels'),
+    (r'longt5_\w*attention', 'attention kernels'),
     (r'cudnn|fmha|flash', 'cuDNN attention'),
     (r'memset', 'memset'),
     (r'memcpy|^copy|^transpose|copy_fusion|transpose_fusion',
