@@ -1,7 +1,8 @@
-"""Hugging Face's PyTorch LongT5 on the same shapes; called by `run_alone`.
+"""PyTorch on the same shapes; called by `run_alone`.
 
-bfloat16 throughout, attention `eager` (it has no other), AdamW, fused, unless
-Adafactor is asked for.
+A whole model is Hugging Face's LongT5: bfloat16 throughout, attention `eager`
+(it has no other), AdamW, fused, unless Adafactor is asked for. One layer's
+attention is FlexAttention.
 """
 
 import time
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention import flex_attention
 
 from benchmarks.processes import Line
-from benchmarks.timing import Limits, spread, time_calls
+from benchmarks.timing import Limits, named, spread, time_calls
 
 OPTIMIZERS = ('adamw', 'adafactor')
 
@@ -72,6 +74,64 @@ def generate(config: Line, length: int, rows: int, new_tokens: int, beams: int,
   seconds = time_calls(lambda: write(new_tokens), _wait,
                        Limits(*limits)._replace(warmup=0), ahead=False)
   yield spread(seconds) | _memory()
+
+
+def attention(
+    length: int, rows: int, heads: int, head_size: int, radius: int,
+    block_size: int, reach: int, limits: list[float]) -> Iterator[Line]:
+  """Time and memory of FlexAttention with LongT5's mask and learnt biases.
+
+  Arguments as in benchmarks.attention. Without a GPU it is not compiled.
+  """
+  device = _device()
+  torch.manual_seed(0)
+  sizes = {'query': length, 'key': length, 'value': length,
+           'side_key': length // block_size, 'side_value': length // block_size}
+  x = {name: torch.randn(rows, heads, size, head_size, device=device,
+                         dtype=torch.bfloat16, requires_grad=True)
+       for name, size in sizes.items()}
+  bias, side_bias = (
+      torch.randn(heads, 2 * far + 1, device=device, requires_grad=True)
+      for far in (radius, reach))
+
+  def score(value, row, head, query, key):
+    del row
+    near = bias[head, (key - query + radius).clamp(0, 2 * radius)]
+    far = side_bias[head, reach + (
+        key - length - query // block_size).clamp(-reach, reach)]
+    return value + torch.where(key < length, near, far)
+
+  def sees(row, head, query, key):
+    del row, head
+    return (key >= length) | ((key - query).abs() <= radius)
+
+  mask = flex_attention.create_block_mask(
+      sees, None, None, length, length + length // block_size, device=device)
+  attend = flex_attention.flex_attention
+  if device == 'cuda':
+    attend = torch.compile(attend, dynamic=False)
+
+  def forward():
+    return attend(x['query'], torch.cat([x['key'], x['side_key']], 2),
+                  torch.cat([x['value'], x['side_value']], 2),
+                  score_mod=score, block_mask=mask, scale=1.0)
+
+  cotangent = torch.randn_like(x['query'])
+
+  def forward_only():
+    with torch.no_grad():
+      forward()
+    return _mark()
+
+  def both():
+    torch.autograd.grad(
+        forward(), [*x.values(), bias, side_bias], cotangent)
+    return _mark()
+
+  yield _versions() | {'dtype': 'bfloat16'}
+  for name, call in (('forward', forward_only), ('forward_backward', both)):
+    yield named(name, time_calls(call, _wait, Limits(*limits)))
+  yield _memory()
 
 
 def _device() -> str:

@@ -74,11 +74,18 @@ def spread(seconds: Sequence[float]) -> dict[str, float | int]:
           'p90_ms': round(1000 * tenths[-1], 3)}
 
 
-def compare(peer: Line, ours: Line | None) -> Line:
+def named(name: str, seconds: Sequence[float]) -> Line:
+  """The spread of one of several measurements of a line."""
+  found = spread(seconds)
+  return {f'{name}_ms': found['median_ms'], f'{name}_p10_ms': found['p10_ms'],
+          f'{name}_p90_ms': found['p90_ms']}
+
+
+def compare(peer: Line, ours: Line | None, time_key: str = 'median_ms') -> Line:
   """The peer's line, with how much better ours is, where both ended well."""
   if ours is None or 'error' in peer or 'error' in ours:
     return peer
-  line = peer | {'speedup': round(peer['median_ms'] / ours['median_ms'], 2)}
+  line = peer | {'speedup': round(peer[time_key] / ours[time_key], 2)}
   if peer['peak_bytes'] and ours['peak_bytes']:
     line['memory_ratio'] = round(ours['peak_bytes'] / peer['peak_bytes'], 3)
   return line
