@@ -11,6 +11,7 @@ import pytest
 
 import tiny_runs
 from benchmarks import (
+    attention,
     compile_time,
     generate,
     processes,
@@ -39,15 +40,14 @@ def here(monkeypatch):
   def run_here(function, arguments, *rest, **options):
     module, name = function.split(':')
     if module == 'benchmarks.peers':
-      return {'median_ms': 1e6, 'p10_ms': 1e6, 'p90_ms': 1e6, 'steps': 1,
-              'peak_bytes': None}
+      return {'median_ms': 1e6, 'forward_backward_ms': 1e6, 'peak_bytes': None}
     result = {}
     for line in getattr(importlib.import_module(module), name)(
         **json.loads(json.dumps(arguments))):
       result |= line
     return result
 
-  for module in (train_step, generate, compile_time):
+  for module in (attention, train_step, generate, compile_time):
     monkeypatch.setattr(module, 'run_alone', run_here)
 
 
@@ -109,6 +109,24 @@ def test_generate(here, capsys):
   assert peer['speedup'] > 1
 
 
+def test_attention(here, monkeypatch, capsys):
+  monkeypatch.setattr(attention.errors, '__defaults__', (256, 1))
+  lines = lines_of(attention, [
+      '--implementation', 'chunked', '--case=128x1', '--seconds=0', '--peer'],
+                   capsys)
+  _, errors, ours, peer = lines
+  assert set(errors['errors']) == {
+      'output', 'query', 'key', 'value', 'bias', 'side_key', 'side_value',
+      'side_bias'}
+  assert all(0 < error < 0.02 for error in errors['errors'].values())
+  for name in ('forward', 'forward_backward'):
+    assert (ours[f'{name}_p10_ms'] <= ours[f'{name}_ms']
+            <= ours[f'{name}_p90_ms'])
+  assert ours.keys() >= {'temporary_bytes', 'peak_bytes', 'mfu', 'device'}
+  assert peer['speedup'] == pytest.approx(
+      1e6 / ours['forward_backward_ms'], rel=0.01)
+
+
 def test_compile_time(here, capsys):
   [_, line] = lines_of(compile_time, [
       *STEP, '--scan', 'false', '--repeats=2'], capsys)
@@ -123,6 +141,7 @@ def test_compile_time(here, capsys):
     (train_step, ['--case=64'], '--case=64 must be LENGTHxROWS'),
     (train_step, ['--attention=fast'], "precision.attention='fast' must be"),
     (train_step, ['--override', 'optimizer.nam=x'], "no key 'nam'"),
+    (attention, ['--case=x2'], '--case=x2 must be LENGTHxROWS'),
     (generate, ['--case=64x2x0'], '--case=64x2x0 must be LENGTHxROWS or'),
     (generate, ['--preset=huge'], "preset='huge' must be one of"),
     (compile_time, ['--remat=some'], "precision.remat='some' must be one of"),
