@@ -62,7 +62,7 @@ def random_arrays(length: int, rows: int) -> dict[str, Any]:
 
 
 def programs(implementation: str, length: int, rows: int, dtype: Any
-             ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+             ) -> tuple[Any, Any]:
   """Forward, and output with all gradients, given arrays and a cotangent."""
   segment_ids = jnp.ones((rows, length), jnp.int32)
   blocks = assign_global_blocks(
@@ -90,7 +90,7 @@ def narrow(arrays: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def measure(implementation: str, length: int, rows: int, dtype: str,
-            limits: list[float]) -> Iterator[Line]:
+            limits: list[Any]) -> Iterator[Line]:
   """A line of the table, without errors; in a process of its own."""
   arrays = narrow(random_arrays(length, rows), jnp.dtype(dtype))
   cotangent = jax.random.normal(
@@ -142,7 +142,7 @@ def run_case(arguments: argparse.Namespace, case: str) -> Iterator[Line]:
   limits = Limits(seconds=arguments.seconds)
   line = {'benchmark': 'attention', 'length': length, 'rows': rows}
   asked = {'length': length, 'rows': rows, 'limits': limits}
-  ours = []
+  ours: list[Line] = []
   for implementation in arguments.implementation:
     ours.append(line | {
         'implementation': implementation, 'dtype': arguments.dtype}

@@ -68,10 +68,10 @@ def make_writer(preset: str, attention: str, case: Case) -> Writer:
   return Writer(model, params, jax.device_put(ids))
 
 
-def measure(preset: str, attention: str, case: list[int], new_tokens: int,
-            limits: list[float]) -> Iterator[Line]:
+def measure(preset: str, attention: str, sizes: list[int], new_tokens: int,
+            limits: list[Any]) -> Iterator[Line]:
   """What is measured of one case; in a process of its own."""
-  case = Case(*case)
+  case = Case(*sizes)
   model, params, ids = make_writer(preset, attention, case)
   device = jax.devices()[0]
   yield {'device': device.device_kind}
@@ -117,10 +117,10 @@ def step_bytes(config: LongT5Config, params: Any, case: Case, new_tokens: int
              ) + keys * layers * 2 * config.num_heads * config.d_kv * 2
 
 
-def profile(preset: str, attention: str, case: list[int], new_tokens: int,
+def profile(preset: str, attention: str, sizes: list[int], new_tokens: int,
             folder: str, name: str) -> Iterator[Line]:
   """Where the time of decoding goes, without encoding; in its own process."""
-  case = Case(*case)
+  case = Case(*sizes)
   model, params, ids = make_writer(preset, attention, case)
   yield {'device': jax.devices()[0].device_kind}
   options = GenerationOptions(
@@ -155,7 +155,7 @@ def run_case(arguments: argparse.Namespace, case: Case) -> Iterator[Line]:
           'preset': arguments.preset, **case._asdict(),
           'new_tokens': arguments.new_tokens, 'dtype': 'bfloat16'}
   asked = {'preset': arguments.preset, 'attention': arguments.attention,
-           'case': case, 'new_tokens': arguments.new_tokens}
+           'sizes': case, 'new_tokens': arguments.new_tokens}
   limits = Limits(2, arguments.steps, arguments.seconds, arguments.max_seconds)
   if arguments.profile:
     name = f'generate-{arguments.preset}-' + '-'.join(map(str, case))

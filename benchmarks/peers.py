@@ -20,7 +20,7 @@ OPTIMIZERS = ('adamw', 'adafactor')
 
 
 def train(config: Line, length: int, rows: int, targets: int, compiled: bool,
-          remat: bool, optimizer: str, limits: list[float]) -> Iterator[Line]:
+          remat: bool, optimizer: str, limits: list[Any]) -> Iterator[Line]:
   """Time and memory of a train step.
 
   Args:
@@ -41,7 +41,7 @@ def train(config: Line, length: int, rows: int, targets: int, compiled: bool,
   inputs = {'input_ids': ids, 'attention_mask': torch.ones_like(ids),
             'labels': labels, 'use_cache': False}
 
-  def step():
+  def step() -> Any:
     update.zero_grad(set_to_none=True)
     forward(**inputs).loss.backward()
     update.step()
@@ -56,7 +56,7 @@ def train(config: Line, length: int, rows: int, targets: int, compiled: bool,
 
 
 def generate(config: Line, length: int, rows: int, new_tokens: int, beams: int,
-             limits: list[float]) -> Iterator[Line]:
+             limits: list[Any]) -> Iterator[Line]:
   """Time and memory of decoding so many tokens, no more and no fewer."""
   model = _model(config).eval()
   ids = _ids(model, rows, length)
@@ -78,7 +78,7 @@ def generate(config: Line, length: int, rows: int, new_tokens: int, beams: int,
 
 def attention(
     length: int, rows: int, heads: int, head_size: int, radius: int,
-    block_size: int, reach: int, limits: list[float]) -> Iterator[Line]:
+    block_size: int, reach: int, limits: list[Any]) -> Iterator[Line]:
   """Time and memory of FlexAttention with LongT5's mask and learnt biases.
 
   Arguments as in benchmarks.attention. Without a GPU it is not compiled.

@@ -154,7 +154,7 @@ def compile_step(program: Program) -> tuple[Any, Line]:
           - plan.alias_size_in_bytes + plan.temp_size_in_bytes)}
 
 
-def measure(overrides: list[str], limits: list[float]) -> Iterator[Line]:
+def measure(overrides: list[str], limits: list[Any]) -> Iterator[Line]:
   """What is measured of one case; in a process of its own."""
   program = make_program(overrides)
   device = jax.devices()[0]
@@ -307,7 +307,7 @@ def run_peer(arguments: argparse.Namespace, case: str, peer: str,
   """The line of a peer."""
   length, rows = parse_case(case)
   model = run_config.model_config(read_config(CONFIG, overrides_of(
-      arguments, case, *arguments.attention[:1], 'none', 'False')).model)
+      arguments, case, arguments.attention[0], 'none', 'False')).model)
   line = {'benchmark': 'train_step', 'implementation': f'transformers {peer}',
           'preset': arguments.preset, 'length': length, 'rows': rows,
           'targets': arguments.targets}
