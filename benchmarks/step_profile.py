@@ -16,11 +16,21 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from benchmarks.hlo import (
+    Instruction,
+    Module,
+    bytes_of,
+    first,
+    flops_of,
+    fused,
+    parse_hlo,
+)
 
 TOP = 40
 OPTIMIZER = 'optimizer and metrics'
@@ -65,43 +75,6 @@ KINDS = tuple((re.compile(pattern), kind) for pattern, kind in (
      'gathers, scatters, slices'),
     (r'reduce', 'reductions'),
 ))
-_BYTES = {'pred': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8,
-          's16': 2, 'u16': 2, 's8': 1, 'u8': 1}
-_ARRAY = re.compile(r'\b(pred|bf16|[fsu]\d+\w*)\[([\d,]*)\]')
-_INSTRUCTION = re.compile(
-    r'^\s+(?:ROOT )?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
-
-
-class Instruction(NamedTuple):
-  """Of the compiled program.
-
-  Attributes:
-    name: without '%'.
-    shape: of its result, as text.
-    opcode: 'fusion', 'dot', 'custom-call', ...
-    rest: operands and attributes.
-    op_name: where it comes from, or ''.
-    calls: the computation that it fuses, or ''.
-  """
-  name: str
-  shape: str
-  opcode: str
-  rest: str
-  op_name: str
-  calls: str
-
-
-class Module(NamedTuple):
-  """A compiled program.
-
-  Attributes:
-    instructions: by name.
-    computations: those of each, in order.
-    users: by name, the last instruction that reads it.
-  """
-  instructions: dict[str, Instruction]
-  computations: dict[str, list[Instruction]]
-  users: dict[str, Instruction]
 
 
 class Kernel(NamedTuple):
@@ -142,8 +115,8 @@ class Summary(NamedTuple):
   """Of one step, in milliseconds.
 
   Attributes:
-    wall: from one step's begin to the next one's.
-    busy: at least one kernel ran.
+    wall: from the first kernel's start to the last one's end, a step's share.
+    busy: while at least one kernel ran.
     groups: the longest first.
   """
   wall: float
@@ -201,35 +174,6 @@ def show_tables(folder: str, name: str) -> None:
         flush=True)
 
 
-def parse_hlo(text: str) -> Module:
-  """Reads what `compiled.as_text()` gives."""
-  computations: dict[str, list[Instruction]] = {}
-  current: list[Instruction] = []
-  for line in text.replace('%', '').splitlines():
-    if line.endswith('{') and not line.startswith(' '):
-      name = line.removeprefix('ENTRY ').split()[0]
-      current = computations.setdefault(name, [])
-      continue
-    match = _INSTRUCTION.match(line)
-    if match:
-      name, shape, opcode, rest = match.groups()
-      current.append(Instruction(
-          name, shape, opcode, rest, _first(r'op_name="([^"]*)"', rest),
-          _first(r'calls=([\w.\-]+)', rest)))
-  module = Module({instruction.name: instruction
-                   for body in computations.values() for instruction in body},
-                  computations, {})
-  for instruction in module.instructions.values():
-    for operand in _operands(instruction, module):
-      module.users[operand.name] = instruction
-  return module
-
-
-def _first(pattern, text):
-  match = re.search(pattern, text)
-  return match.group(1) if match else ''
-
-
 def read_trace(path: str) -> list[Kernel]:
   """The kernels of a trace.json.gz: those on a GPU's streams; without a GPU,
   what the host ran of compiled programs.
@@ -267,12 +211,13 @@ def read_trace(path: str) -> list[Kernel]:
 def summarise(kernels: Sequence[Kernel], module: Module, steps: int) -> Summary:
   """Groups the kernels of so many steps."""
   # A kernel without an instruction bears its instruction's name.
-  by_kernel = {re.sub(r'\W', '_', name): name for name in module.instructions}
+  by_kernel = {re.sub(r'\W', '_', name): instruction
+               for name, instruction in module.instructions.items()}
   times: dict[tuple[str, ...], list[float]] = collections.defaultdict(list)
   members: dict[tuple[str, ...], tuple[Kernel, Instruction | None]] = {}
   for kernel in kernels:
-    name = kernel.instruction or by_kernel.get(kernel.name, '')
-    instruction = module.instructions.get(name)
+    instruction = module.instructions.get(
+        kernel.instruction, by_kernel.get(kernel.name))
     if instruction and instruction.opcode in _CONTAINERS:
       continue
     key = _key(kernel, instruction, module)
@@ -308,11 +253,11 @@ def _group(kernel, instruction, module, durations, steps):
   op_name = _op_name(instruction, module)
   part = part_of(op_name)
   flops = flops_of(instruction, module)
-  seconds = total / 1e6 / len(durations)
+  seconds = max(total / 1e6 / len(durations), 1e-9)  # As fine as the clock.
   rate = (f'{flops / seconds / 1e12:.0f} TFLOP/s' if flops else
           f'{bytes_of(instruction, module) / seconds / 1e9:.0f} GB/s')
   also = collections.Counter(
-      part_of(inner.op_name) for inner in _fused(instruction, module)
+      part_of(inner.op_name) for inner in fused(instruction, module)
       if inner.op_name.startswith('jit('))
   also.pop(part, None)
   return Group(
@@ -328,18 +273,12 @@ def _op_name(instruction, module, hops=3):
   if instruction.op_name.startswith('jit('):
     return instruction.op_name
   inner = collections.Counter(
-      other.op_name for other in _fused(instruction, module)
+      other.op_name for other in fused(instruction, module)
       if other.op_name.startswith('jit('))
   if inner:
     return inner.most_common(1)[0][0]
   user = module.users.get(instruction.name)
   return _op_name(user, module, hops - 1) if user and hops else ''
-
-
-def _fused(instruction: Instruction, module: Module) -> Iterator[Instruction]:
-  for inner in module.computations.get(instruction.calls, ()):
-    yield inner
-    yield from _fused(inner, module)
 
 
 def part_of(op_name: str) -> str:
@@ -369,7 +308,7 @@ def kind_of(kernel: str, instruction: Instruction | None, module: Module
   """The kind of kernel; any that multiplies matrices is a matrix product."""
   names = [kernel]
   if instruction is not None:
-    target = _first(r'custom_call_target="([^"]*)"', instruction.rest)
+    target = first(r'custom_call_target="([^"]*)"', instruction.rest)
     names += [instruction.opcode, target]
   for pattern, kind in KINDS:
     if any(pattern.search(name.lower()) for name in names):
@@ -377,41 +316,6 @@ def kind_of(kernel: str, instruction: Instruction | None, module: Module
   if instruction is not None and flops_of(instruction, module):
     return 'matrix products'
   return 'other fusions'
-
-
-def _arrays(shape: str) -> list[tuple[int, list[int]]]:
-  """(bytes of an element, dimensions) of each array of a result's shape."""
-  return [(_BYTES.get(dtype, 1 if dtype.startswith('f8') else 4),
-           [int(size) for size in sizes.split(',') if size])
-          for dtype, sizes in _ARRAY.findall(shape)]
-
-
-def _operands(instruction, module):
-  names = instruction.rest.split(')', 1)[0]
-  return [module.instructions[name] for name in re.findall(r'[\w.\-]+', names)
-          if name in module.instructions]
-
-
-def bytes_of(instruction: Instruction, module: Module) -> int:
-  """What the kernel reads and writes, if it reads all of its operands."""
-  return sum(width * math.prod(sizes) for part in (
-      instruction, *_operands(instruction, module))
-             for width, sizes in _arrays(part.shape))
-
-
-def flops_of(instruction: Instruction, module: Module) -> int:
-  """Operations of its matrix products, fused ones too."""
-  total = 0
-  for inner in (instruction, *_fused(instruction, module)):
-    contracting = (
-        _first(r'lhs_contracting_dims=\{([\d,]*)\}', inner.rest)
-        or _first(r'"lhs_contracting_dimensions":\[([\d",]*)\]', inner.rest))
-    operands = _operands(inner, module)
-    if contracting and operands:
-      left = _arrays(operands[0].shape)[0][1]
-      shared = [left[int(i)] for i in contracting.replace('"', '').split(',')]
-      total += 2 * math.prod(_arrays(inner.shape)[0][1]) * math.prod(shared)
-  return total
 
 
 def _union(kernels: Iterable[Kernel]) -> float:

@@ -14,6 +14,7 @@ from benchmarks import (
     attention,
     compile_time,
     generate,
+    hlo,
     processes,
     report,
     step_profile,
@@ -318,7 +319,7 @@ KERNELS = [  # name, instruction, start and duration in microseconds
 def summary(tmp_path):
   path = trace_file(tmp_path, KERNELS)
   return step_profile.summarise(
-      step_profile.read_trace(path), step_profile.parse_hlo(HLO), 1)
+      step_profile.read_trace(path), hlo.parse_hlo(HLO), 1)
 
 
 def test_profile_of_a_gpu_trace(summary):
@@ -338,13 +339,13 @@ def test_profile_of_a_gpu_trace(summary):
 
 
 def test_sizes_of_kernels():
-  module = step_profile.parse_hlo(HLO)
+  module = hlo.parse_hlo(HLO)
   instructions = module.instructions
-  assert step_profile.flops_of(instructions['fusion.1'], module) == (
+  assert hlo.flops_of(instructions['fusion.1'], module) == (
       2 * 8 * 4 * 16)
-  assert step_profile.flops_of(instructions['gemm.3'], module) == (
+  assert hlo.flops_of(instructions['gemm.3'], module) == (
       2 * 8 * 4 * 16)
-  assert step_profile.bytes_of(instructions['attend.2'], module) == (
+  assert hlo.bytes_of(instructions['attend.2'], module) == (
       2 * 8 * 16 + 4 * 8 + 2 * 8 * 16)
 
 
@@ -352,12 +353,12 @@ def test_layers_are_one_group(tmp_path):
   """Runs of one kernel in all layers and steps are added."""
   product = HLO[HLO.index('  %gemm.3'):HLO.index('  %copy.4')]
   other = product.replace('gemm.3', 'gemm.8').replace('layers_3', 'layers_0')
-  hlo = HLO.replace('  %copy.4', f'{other}  %copy.4')
+  text = HLO.replace('  %copy.4', f'{other}  %copy.4')
   path = trace_file(tmp_path, [
       ('nvjet_hsh_128x64', 'gemm.3', 0, 2000),
       ('nvjet_hsh_128x64', 'gemm.8', 3000, 1000)])
   [group] = step_profile.summarise(
-      step_profile.read_trace(path), step_profile.parse_hlo(hlo), 2).groups
+      step_profile.read_trace(path), hlo.parse_hlo(text), 2).groups
   assert (group.ms, group.calls) == (1.5, 1.0)
 
 
