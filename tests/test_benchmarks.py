@@ -187,7 +187,7 @@ def test_run_alone(tmp_path, capfd):
   assert run('add', a=1, b=2) == {'a': 1, 'sum': 3}
   assert run('fail', text='CUDA out of memory. Tried') == {
       'before': 1, 'error': 'out of memory'}
-  assert run('fail', text='other') == {
+  assert run('fail', text='other\n\nFor more, see there.') == {
       'before': 1, 'error': 'exit code 1: RuntimeError: other'}
   assert 'Traceback' in capfd.readouterr().err
   line = run('wait', timeout=1.0)
