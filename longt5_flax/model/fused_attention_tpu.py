@@ -1,0 +1,222 @@
+"""Fused attention on TPUs: the arrays that its kernels take, and its gradient.
+
+`fused_attention` says what is computed and chooses between this and the kernels
+for GPUs; `kernels/fused_attention_tpu.py` says how. TPUs have no float16:
+operands of that dtype are float32 here, products exact.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from longt5_flax.model.kernels import fused_attention_tpu as kernels
+from longt5_flax.model.kernels.fused_attention_tpu import (
+    ALIGNMENT,
+    MASKED,
+    Geometry,
+    Globals,
+    Rows,
+    Spans,
+    Tokens,
+)
+from longt5_flax.model.relative_position import toeplitz
+from longt5_flax.model.kernels.calls import covering_run, segment_range
+
+LANES = 128
+# A block holds the radius, and scores between a block and its window must fit
+# on the chip.
+MAX_RADIUS = 512
+# Blocks of a tile, and tiles of LANES of a tile of global tokens, at most.
+_BLOCKS = 4
+
+
+def attend(tokens, bias, segment_ids, *side, block_size, dtype, tile,
+           interpret):
+  """`fused_attention` of (query, key, value), on one device."""
+  _, length, heads, size = tokens[0].shape
+  side_bias = side[2] if side else None
+  geometry = _geometry(tokens[0].shape, bias, side, block_size, tile, interpret)
+  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+  more_heads = -heads % geometry.heads
+  more = geometry.lanes // geometry.heads - size
+
+  def prepare(x, multiple):
+    x = jnp.pad(x.astype(operand), (
+        (0, 0), (0, -x.shape[1] % multiple), (0, more_heads), (0, more)))
+    return x.reshape(*x.shape[:2], -1)
+
+  def pad_heads(x):
+    return jnp.pad(x.astype(jnp.float32), ((0, more_heads), (0, 0)))
+
+  segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % geometry.tile)))
+  layout = None
+  if side:
+    key, value, side_bias, *ids = side
+    layout = _layout(geometry, segment_ids, *ids)
+    side = (prepare(key, geometry.side_tile), prepare(value, geometry.side_tile),
+            pad_heads(side_bias))
+  output = _fused(
+      geometry, *(prepare(x, geometry.tile) for x in tokens), pad_heads(bias),
+      segment_ids, layout, side)
+  output = output.reshape(*output.shape[:2], heads + more_heads, -1)
+  return output[:, :length, :heads, :size].astype(tokens[0].dtype)
+
+
+def _geometry(shape, bias, side, block_size, tile, interpret):
+  _, length, heads, size = shape
+  block = _round_up(max(1, bias.shape[1] // 2), tile)
+  blocks = min(max(1, _BLOCKS * tile // block), _round_up(length, block) // block)
+  # Heads of a group: as many as fill the lanes, each of a size that divides
+  # them or is a multiple.
+  size = (max(ALIGNMENT, 1 << (size - 1).bit_length()) if size <= LANES
+          else _round_up(size, LANES))
+  group = min(heads, max(1, LANES // size))
+  side_tile = rows = reach = 0
+  if side:
+    side_tile = min(_BLOCKS * tile, _round_up(side[0].shape[1], tile))
+    # What tokens of a tile may be in, and what the first is rounded down by.
+    rows = _round_up(block * blocks // block_size + 2 + ALIGNMENT - 1, ALIGNMENT)
+    reach = side[2].shape[1] // 2
+  return Geometry(block, block * blocks, side_tile, rows, reach, group,
+                  group * size, interpret)
+
+
+def _round_up(number, multiple):
+  return -(-number // multiple) * multiple
+
+
+class _Layout(NamedTuple):
+  """How tiles of tokens and of global tokens lie to each other; see `Globals`
+  and `Spans`."""
+  segment_ids: Int[Array, 'B S']
+  rows: Int[Array, 'B L']
+  spans: Spans
+
+
+def _layout(geometry, segment_ids, side_segments, block_ids):
+  batch, length = segment_ids.shape
+  block_ids = jnp.pad(
+      block_ids, ((0, 0), (0, length - block_ids.shape[1])),
+      constant_values=-1).reshape(batch, -1, geometry.tile)
+  side_segments = jnp.pad(
+      side_segments,
+      ((0, 0), (0, -side_segments.shape[1] % geometry.side_tile)))
+  # Where a tile has no block, the last one before it.
+  lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
+  own = block_ids >= 0
+  firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
+  firsts -= firsts % ALIGNMENT
+  rows = jnp.where(own, block_ids - firsts[..., None], -1)
+
+  least, most = segment_range(segment_ids.reshape(*block_ids.shape))
+  side_least, side_most = segment_range(
+      side_segments.reshape(batch, -1, geometry.side_tile))
+  sees = (side_least[:, None] <= most[..., None]) & (
+      least[..., None] <= side_most[:, None])
+  return _Layout(side_segments, rows.reshape(batch, -1), Spans(*(
+      jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
+          (firsts, *covering_run(sees)), covering_run(jnp.swapaxes(sees, 1, 2))))))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(geometry, query, key, value, bias, segment_ids, layout, side):
+  return _fused_forward(
+      geometry, query, key, value, bias, segment_ids, layout, side)[0]
+
+
+def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
+                   side):
+  tokens = Tokens(
+      query, key, value, segment_ids[:, None],
+      _banded(geometry, bias, _of_queries))
+  output, lse = kernels.forward(
+      geometry, layout and layout.spans, tokens,
+      _globals(geometry, layout, side))
+  return output, (tokens, bias, layout, side, output, lse)
+
+
+def _fused_backward(geometry, residuals, gradient):
+  tokens, bias, layout, side, output, lse = residuals
+  batch, length, _ = output.shape
+  delta = jnp.sum(
+      (gradient.astype(jnp.float32) * output).reshape(
+          batch, length, *lse.shape[1:3], -1), axis=-1)
+  rows = Rows(gradient, lse, jnp.moveaxis(delta, 1, 3))
+  arrays = _globals(geometry, layout, side)
+  spans = layout and layout.spans
+  d_query, d_tiles, d_table, d_far = kernels.backward_query(
+      geometry, spans, tokens, arrays, rows)
+  d_key, d_value = kernels.backward_key(geometry, tokens._replace(
+      bias=_banded(geometry, bias, _of_keys)), rows)
+  d_bias, = jax.linear_transpose(partial(_of_queries, geometry), bias)(d_tiles)
+  d_side = None
+  if side:
+    d_side_key, d_side_value = kernels.backward_side(
+        geometry, spans, tokens, arrays, rows)
+    d_side_bias, = jax.linear_transpose(
+        partial(_table, geometry), side[2])(d_table)
+    before, behind = jnp.moveaxis(
+        jnp.sum(d_far, axis=-1).reshape(-1, 2), 1, 0)
+    d_side_bias = d_side_bias.at[:, 0].add(before).at[:, -1].add(behind)
+    num_globals = side[0].shape[1]
+    d_side = (d_side_key[:, :num_globals], d_side_value[:, :num_globals],
+              d_side_bias)
+  return d_query, d_key, d_value, d_bias, None, None, d_side
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _globals(geometry, layout, side):
+  if not side:
+    return None
+  key, value, bias = side
+  return Globals(
+      key, value, layout.segment_ids[:, None], layout.rows[:, None],
+      _split(key.dtype, _table(geometry, bias)),
+      jnp.stack([bias[:, 0], bias[:, -1]], axis=1).reshape(-1))
+
+
+def _of_queries(geometry, bias):
+  """[H, 3 block, block]: of the queries of a block towards its window; 0 beyond
+  the radius."""
+  return _tiles(geometry, bias).swapaxes(1, 2)
+
+
+def _of_keys(geometry, bias):
+  """[H, block, 3 block]: of the queries of a window towards a block."""
+  return _tiles(geometry, bias[:, ::-1])
+
+
+def _tiles(geometry, bias):
+  """At [h, i, j] the bias at the offset j - block - i."""
+  fill = 2 * geometry.block - 1 - bias.shape[1] // 2
+  return toeplitz(jnp.pad(bias, ((0, 0), (fill, fill))), geometry.block,
+                  3 * geometry.block)
+
+
+def _banded(geometry, bias, tiles):
+  """`tiles` of the bias, what lies beyond the radius hidden."""
+  inside = tiles(geometry, jnp.ones_like(bias[:1])) > 0
+  return jnp.where(inside, tiles(geometry, bias), MASKED)
+
+
+def _table(geometry, bias):
+  """[H, table_rows, rows]; see `Globals`."""
+  reach = bias.shape[1] // 2
+  before = geometry.rows - 1 - geometry.first_offset - reach
+  behind = geometry.first_offset + geometry.table_rows - 1 - reach
+  values = jnp.pad(bias, ((0, 0), (before, behind)), mode='edge')
+  return toeplitz(values, geometry.rows, geometry.table_rows).swapaxes(1, 2)
+
+
+def _split(dtype, table):
+  """The table in parts beside each other, numbers of that dtype that add up."""
+  if dtype == jnp.float32:
+    return table
+  # As bfloat16; a pair of casts XLA would take out.
+  high = jax.lax.reduce_precision(table, exponent_bits=8, mantissa_bits=7)
+  return jnp.concatenate([high, table - high], axis=-1).astype(dtype)
