@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
+from longt5_flax.config import ConfigError
 from longt5_flax.model.kernels import fused_attention_tpu as kernels
 from longt5_flax.model.kernels.fused_attention_tpu import (
     ALIGNMENT,
@@ -21,71 +23,91 @@ from longt5_flax.model.kernels.fused_attention_tpu import (
     Rows,
     Spans,
     Tokens,
+    round_up,
 )
 from longt5_flax.model.relative_position import toeplitz
-from longt5_flax.model.kernels.calls import covering_run, segment_range
+from longt5_flax.model.kernels.calls import (
+    KernelOptions,
+    covering_run,
+    segment_range,
+)
 
 LANES = 128
-# A block holds the radius, and scores between a block and its window must fit
-# on the chip.
+# A block holds the radius, and the scores of a block fit on the chip.
 MAX_RADIUS = 512
-# Blocks of a tile, and tiles of LANES of a tile of global tokens, at most.
+# Blocks of a tile, and tiles of a tile of global tokens, at most.
 _BLOCKS = 4
 
 
-def attend(tokens, bias, segment_ids, *side, block_size, dtype, tile,
-           interpret):
-  """`fused_attention` of (query, key, value), on one device."""
-  _, length, heads, size = tokens[0].shape
-  side_bias = side[2] if side else None
-  geometry = _geometry(tokens[0].shape, bias, side, block_size, tile, interpret)
-  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+def attend(
+    tokens: tuple[Array, ...], tables: tuple[Array, ...],
+    ids: tuple[Array, ...], block_size: int | None, dtype: DTypeLike,
+    options: KernelOptions,
+) -> Float[Array, 'B L H K']:
+  """`fused_attention` on one device.
+
+  Args:
+    tokens: query, key, value; with global tokens their key and value.
+    tables: the bias; with global tokens theirs.
+    ids: segments; with global tokens their segments, and the tokens' blocks.
+    block_size: of global tokens; None without.
+    dtype: of the matrix products.
+    options: how the kernels are run.
+
+  Raises:
+    ConfigError: the radius is larger than the kernels can do.
+  """
+  query, *_ = tokens
+  length, heads, size = query.shape[1:]
+  radius = tables[0].shape[1] // 2
+  if radius > MAX_RADIUS:
+    raise ConfigError(
+        f"local_radius={radius} must be at most {MAX_RADIUS} for "
+        "attention='fused' on a TPU; attention='chunked' takes any.")
+  geometry = _geometry(tokens, tables, block_size, options)
   more_heads = -heads % geometry.heads
-  more = geometry.lanes // geometry.heads - size
+  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
   def prepare(x, multiple):
     x = jnp.pad(x.astype(operand), (
-        (0, 0), (0, -x.shape[1] % multiple), (0, more_heads), (0, more)))
+        (0, 0), (0, -x.shape[1] % multiple), (0, more_heads),
+        (0, geometry.lanes // geometry.heads - size)))
     return x.reshape(*x.shape[:2], -1)
 
-  def pad_heads(x):
-    return jnp.pad(x.astype(jnp.float32), ((0, more_heads), (0, 0)))
-
-  segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % geometry.tile)))
-  layout = None
-  if side:
-    key, value, side_bias, *ids = side
-    layout = _layout(geometry, segment_ids, *ids)
-    side = (prepare(key, geometry.side_tile), prepare(value, geometry.side_tile),
-            pad_heads(side_bias))
+  bias, *side_bias = (
+      jnp.pad(x.astype(jnp.float32), ((0, more_heads), (0, 0))) for x in tables)
+  segment_ids = jnp.pad(ids[0], ((0, 0), (0, -length % geometry.tile)))
+  layout, side = None, ()
+  if block_size:
+    layout = _layout(geometry, segment_ids, *ids[1:])
+    side = *(prepare(x, geometry.side_tile) for x in tokens[3:]), *side_bias
   output = _fused(
-      geometry, *(prepare(x, geometry.tile) for x in tokens), pad_heads(bias),
+      geometry, *(prepare(x, geometry.tile) for x in tokens[:3]), bias,
       segment_ids, layout, side)
   output = output.reshape(*output.shape[:2], heads + more_heads, -1)
-  return output[:, :length, :heads, :size].astype(tokens[0].dtype)
+  return output[:, :length, :heads, :size].astype(query.dtype)
 
 
-def _geometry(shape, bias, side, block_size, tile, interpret):
-  _, length, heads, size = shape
-  block = _round_up(max(1, bias.shape[1] // 2), tile)
-  blocks = min(max(1, _BLOCKS * tile // block), _round_up(length, block) // block)
-  # Heads of a group: as many as fill the lanes, each of a size that divides
-  # them or is a multiple.
+def _geometry(tokens, tables, block_size, options):
+  length, heads, size = tokens[0].shape[1:]
+  unit = options.tile if options.interpret else LANES
+  block = round_up(max(1, tables[0].shape[1] // 2), unit)
+  tile = block * min(
+      max(1, _BLOCKS * unit // block), round_up(length, block) // block)
+  # Heads of a group fill the lanes; each has a size that divides them, or is
+  # a multiple.
   size = (max(ALIGNMENT, 1 << (size - 1).bit_length()) if size <= LANES
-          else _round_up(size, LANES))
+          else round_up(size, LANES))
   group = min(heads, max(1, LANES // size))
   side_tile = rows = reach = 0
-  if side:
-    side_tile = min(_BLOCKS * tile, _round_up(side[0].shape[1], tile))
-    # What tokens of a tile may be in, and what the first is rounded down by.
-    rows = _round_up(block * blocks // block_size + 2 + ALIGNMENT - 1, ALIGNMENT)
-    reach = side[2].shape[1] // 2
-  return Geometry(block, block * blocks, side_tile, rows, reach, group,
-                  group * size, interpret)
-
-
-def _round_up(number, multiple):
-  return -(-number // multiple) * multiple
+  if block_size:
+    side_tile = min(_BLOCKS * unit, round_up(tokens[3].shape[1], unit))
+    # Blocks that tokens of a tile may be in, with those that the first is
+    # rounded down by.
+    rows = round_up(tile // block_size + 2 + ALIGNMENT - 1, ALIGNMENT)
+    reach = tables[1].shape[1] // 2
+  return Geometry(block, tile, side_tile, rows, reach, group, group * size,
+                  options.interpret)
 
 
 class _Layout(NamedTuple):
@@ -152,7 +174,7 @@ def _fused_backward(geometry, residuals, gradient):
   d_key, d_value = kernels.backward_key(geometry, tokens._replace(
       bias=_banded(geometry, bias, _of_keys)), rows)
   d_bias, = jax.linear_transpose(partial(_of_queries, geometry), bias)(d_tiles)
-  d_side = None
+  d_side = ()
   if side:
     d_side_key, d_side_value = kernels.backward_side(
         geometry, spans, tokens, arrays, rows)

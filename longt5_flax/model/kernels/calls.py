@@ -19,11 +19,13 @@ class KernelOptions(NamedTuple):
   """How kernels are run; results are the same within rounding.
 
   Attributes:
-    tile: tokens of a tile; a power of two, 16 or more.
+    tile: tokens of a tile; a power of two, 16 or more. On a TPU always 128.
     interpret: on any device, slowly, for tests.
+    platform: whose kernels, 'gpu' or 'tpu'; empty for the device's.
   """
   tile: int = 64
   interpret: bool = False
+  platform: str = ''
 
   def tiling(self, dtype: DTypeLike) -> Tiling:
     """For products in `dtype`; see `to_operands`."""
@@ -32,6 +34,13 @@ class KernelOptions(NamedTuple):
 
 
 ON_A_GPU = KernelOptions()
+
+
+def target_platform() -> str:
+  """What the program at hand is for: the platform of the mesh's devices, which
+  need not be here, or without a mesh of JAX's default devices."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
@@ -63,11 +72,12 @@ def on_each_device(
     options: see KernelOptions.
 
   Raises:
-    ConfigError: the device is no GPU.
+    ConfigError: the device has no such kernels.
   """
-  if not options.interpret and jax.default_backend() != 'gpu':
-    raise ConfigError("attention='fused' needs an NVIDIA GPU, not "
-                      f'{jax.default_backend()!r}.')
+  platform = target_platform()
+  if not options.interpret and platform not in ('gpu', 'tpu'):
+    raise ConfigError(
+        f"attention='fused' needs an NVIDIA GPU or a TPU, not {platform!r}.")
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
     rows = _mesh_axes(mesh, 'batch', tokens[0].shape[0])

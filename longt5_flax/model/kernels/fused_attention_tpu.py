@@ -76,11 +76,11 @@ class Geometry(NamedTuple):
   @property
   def first_offset(self) -> int:
     """Of the table of side biases: before the first that is cut from it."""
-    return -_round_up(self.reach + self.side_tile, ALIGNMENT)
+    return -round_up(self.reach + self.side_tile, ALIGNMENT)
 
   @property
   def table_rows(self) -> int:
-    last = _round_up(self.reach + self.rows, ALIGNMENT)
+    last = round_up(self.reach + self.rows, ALIGNMENT)
     return last - self.first_offset + self.side_tile
 
 
@@ -147,7 +147,8 @@ class Rows(NamedTuple):
   delta: Any
 
 
-def _round_up(number, multiple):
+def round_up(number: int, multiple: int) -> int:
+  """The least multiple that is not below a number."""
   return -(-number // multiple) * multiple
 
 
