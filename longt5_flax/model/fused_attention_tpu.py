@@ -15,6 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import ConfigError
 from longt5_flax.model.kernels import fused_attention_tpu as kernels
+from longt5_flax.model.kernels.calls import (
+    KernelOptions,
+    covering_run,
+    segment_range,
+)
 from longt5_flax.model.kernels.fused_attention_tpu import (
     ALIGNMENT,
     MASKED,
@@ -26,11 +31,6 @@ from longt5_flax.model.kernels.fused_attention_tpu import (
     round_up,
 )
 from longt5_flax.model.relative_position import toeplitz
-from longt5_flax.model.kernels.calls import (
-    KernelOptions,
-    covering_run,
-    segment_range,
-)
 
 LANES = 128
 # A block holds the radius, and the scores of a block fit on the chip.
@@ -138,9 +138,9 @@ def _layout(geometry, segment_ids, side_segments, block_ids):
       side_segments.reshape(batch, -1, geometry.side_tile))
   sees = (side_least[:, None] <= most[..., None]) & (
       least[..., None] <= side_most[:, None])
-  return _Layout(side_segments, rows.reshape(batch, -1), Spans(*(
-      jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
-          (firsts, *covering_run(sees)), covering_run(jnp.swapaxes(sees, 1, 2))))))
+  spans = Spans(*(jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
+      (firsts, *covering_run(sees)), covering_run(sees.swapaxes(1, 2)))))
+  return _Layout(side_segments, rows.reshape(batch, -1), spans)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,27 +169,29 @@ def _fused_backward(geometry, residuals, gradient):
   rows = Rows(gradient, lse, jnp.moveaxis(delta, 1, 3))
   arrays = _globals(geometry, layout, side)
   spans = layout and layout.spans
-  d_query, d_tiles, d_table, d_far = kernels.backward_query(
+  d_query, (d_tiles, *d_side_biases) = kernels.backward_query(
       geometry, spans, tokens, arrays, rows)
   d_key, d_value = kernels.backward_key(geometry, tokens._replace(
       bias=_banded(geometry, bias, _of_keys)), rows)
   d_bias, = jax.linear_transpose(partial(_of_queries, geometry), bias)(d_tiles)
   d_side = ()
   if side:
-    d_side_key, d_side_value = kernels.backward_side(
-        geometry, spans, tokens, arrays, rows)
-    d_side_bias, = jax.linear_transpose(
-        partial(_table, geometry), side[2])(d_table)
-    before, behind = jnp.moveaxis(
-        jnp.sum(d_far, axis=-1).reshape(-1, 2), 1, 0)
-    d_side_bias = d_side_bias.at[:, 0].add(before).at[:, -1].add(behind)
-    num_globals = side[0].shape[1]
-    d_side = (d_side_key[:, :num_globals], d_side_value[:, :num_globals],
-              d_side_bias)
+    d_side = _side_backward(
+        geometry, spans, tokens, arrays, rows, side, d_side_biases)
   return d_query, d_key, d_value, d_bias, None, None, d_side
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _side_backward(geometry, spans, tokens, arrays, rows, side, d_biases):
+  num_globals, (d_table, d_far) = side[0].shape[1], d_biases
+  d_key, d_value = (
+      x[:, :num_globals] for x in kernels.backward_side(
+          geometry, spans, tokens, arrays, rows))
+  d_bias, = jax.linear_transpose(partial(_table, geometry), side[2])(d_table)
+  before, behind = jnp.sum(d_far, axis=-1).reshape(-1, 2).T
+  return d_key, d_value, d_bias.at[:, 0].add(before).at[:, -1].add(behind)
 
 
 def _globals(geometry, layout, side):

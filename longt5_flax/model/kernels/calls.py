@@ -34,6 +34,7 @@ class KernelOptions(NamedTuple):
 
 
 ON_A_GPU = KernelOptions()
+_LEAST_CAPABILITY = 8  # Ampere's.
 
 
 def target_platform() -> str:
@@ -41,6 +42,20 @@ def target_platform() -> str:
   need not be here, or without a mesh of JAX's default devices."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
+
+
+def why_no_kernels(platform: str) -> str:
+  """What 'fused' needs and the platform has not got; empty if it has all."""
+  if platform not in ('gpu', 'tpu'):
+    return f'needs an NVIDIA GPU or a TPU, not {platform!r}'
+  # What a program is compiled for elsewhere is not known; AMD's are no numbers.
+  capability = getattr(jax.devices()[0], 'compute_capability', None)
+  if platform == 'gpu' and capability is not None:
+    major = capability.split('.')[0]
+    if not major.isdigit() or int(major) < _LEAST_CAPABILITY:
+      return (f'needs an NVIDIA GPU of compute capability {_LEAST_CAPABILITY} '
+              f'or more, not {capability}')
+  return ''
 
 
 def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
@@ -74,10 +89,9 @@ def on_each_device(
   Raises:
     ConfigError: the device has no such kernels.
   """
-  platform = target_platform()
-  if not options.interpret and platform not in ('gpu', 'tpu'):
-    raise ConfigError(
-        f"attention='fused' needs an NVIDIA GPU or a TPU, not {platform!r}.")
+  refusal = why_no_kernels(target_platform())
+  if refusal and not options.interpret:
+    raise ConfigError(f"attention='fused' {refusal}.")
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
     rows = _mesh_axes(mesh, 'batch', tokens[0].shape[0])

@@ -155,7 +155,9 @@ def round_up(number: int, multiple: int) -> int:
 def _dot(geometry, a, b, contracted):
   if geometry.interpret:  # Not every CPU has products of bfloat16; exact.
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  # Not left to JAX's default: bfloat16 has no other.
+  precision = (jax.lax.Precision.HIGHEST if a.dtype == jnp.float32
+               else jax.lax.Precision.DEFAULT)
   return jax.lax.dot_general(
       a, b, (contracted, ((), ())), precision=precision,
       preferred_element_type=jnp.float32)
@@ -261,8 +263,35 @@ def _with_side_bias(
            _Place(None, None, behind))
 
 
-def _forward(geometry, spans, tokens, side, out, lse, top, total, output):
+def _with_globals(geometry, spans, side, update):
+  """`_with_side_bias` of a query tile's step, if it sees so many tiles."""
   group, row, tile, step = (pl.program_id(axis) for axis in range(4))
+  place = 3 * (row * pl.num_programs(2) + tile)
+  first_block, first, end = (spans.queries[place + i] for i in range(3))
+
+  @pl.when(first + step < end)
+  def _seen():
+    _with_side_bias(
+        geometry, side, group * geometry.heads,
+        (first + step) * geometry.side_tile - first_block, update)
+
+
+def _add_to_side_bias(geometry, d_table, d_far, head, place, d_scores):
+  """Sums the gradient of scores where their biases came from."""
+  if place.one_hot is not None:
+    d_table[head, pl.ds(place.start, geometry.side_tile), :] += _dot(
+        geometry, d_scores.astype(place.one_hot.dtype),
+        place.one_hot[:geometry.rows], _ROWS_BY_ROWS)
+  else:
+    sums = jnp.sum(d_scores, axis=0, keepdims=True)
+    before, behind = (slice(2 * head + i, 2 * head + i + 1) for i in range(2))
+    d_far[before, :] += jnp.where(place.behind, 0, sums)
+    d_far[behind, :] += jnp.where(place.behind, sums, 0)
+
+
+def _forward(geometry, spans, tokens, side, out, lse, softmax):
+  top, total, output = softmax
+  tile, step = pl.program_id(2), pl.program_id(3)
   tiles, steps = pl.num_programs(2), pl.num_programs(3)
   segments = tokens.segment_ids[1][...]
   dtype = tokens.query.dtype
@@ -284,34 +313,26 @@ def _forward(geometry, spans, tokens, side, out, lse, top, total, output):
             geometry, value[lanes, window], weights.astype(dtype),
             _ROWS_BY_COLUMNS)
 
+  def attend(bias, place):
+    del place
+    value = side.value[...].T
+    key_segments = _column(side.segment_ids[...])
+    for head, line, lanes in _by_head(geometry):
+      scores = _scores(
+          geometry, side.key[...], _head(geometry, tokens.query[...], head),
+          bias(head), key_segments, segments)
+      old_top = top[line, :]
+      new_top = jnp.maximum(old_top, jnp.max(scores, axis=0, keepdims=True))
+      shrink = jnp.exp(old_top - new_top)
+      weights = jnp.exp(scores - new_top)
+      top[line, :] = new_top
+      total[line, :] = total[line, :] * shrink + jnp.sum(
+          weights, axis=0, keepdims=True)
+      output[lanes, :] = output[lanes, :] * shrink + _dot(
+          geometry, value[lanes], weights.astype(dtype), _ROWS_BY_COLUMNS)
+
   if side is not None:
-    first_block, first, end = (
-        spans.queries[3 * (row * tiles + tile) + i] for i in range(3))
-
-    @pl.when(first + step < end)
-    def _side():
-      key, value = side.key[...], side.value[...].T
-      key_segments = _column(side.segment_ids[...])
-
-      def update(bias, place):
-        del place
-        for head, line, lanes in _by_head(geometry):
-          query = _head(geometry, tokens.query[...], head)
-          scores = _scores(
-              geometry, key, query, bias(head), key_segments, segments)
-          old_top = top[line, :]
-          new_top = jnp.maximum(old_top, jnp.max(scores, axis=0, keepdims=True))
-          shrink = jnp.exp(old_top - new_top)
-          weights = jnp.exp(scores - new_top)
-          top[line, :] = new_top
-          total[line, :] = total[line, :] * shrink + jnp.sum(
-              weights, axis=0, keepdims=True)
-          output[lanes, :] = output[lanes, :] * shrink + _dot(
-              geometry, value[lanes], weights.astype(dtype), _ROWS_BY_COLUMNS)
-
-      _with_side_bias(
-          geometry, side, group * geometry.heads,
-          (first + step) * geometry.side_tile - first_block, update)
+    _with_globals(geometry, spans, side, attend)
 
   @pl.when(step == steps - 1)
   def _finish():
@@ -325,15 +346,17 @@ def _forward(geometry, spans, tokens, side, out, lse, top, total, output):
 
 
 def _backward_query(geometry, spans, tokens, side, rows, d_query_ref,
-                    d_bias, d_table, d_far, d_query):
-  group, row, tile, step = (pl.program_id(axis) for axis in range(4))
+                    d_biases, scratch):
+  d_bias, d_table, d_far = d_biases
+  d_query, = scratch
+  row, tile, step = (pl.program_id(axis) for axis in (1, 2, 3))
   tiles, steps = pl.num_programs(2), pl.num_programs(3)
   segments = tokens.segment_ids[1][...]
   dtype = tokens.query.dtype
 
   @pl.when((row == 0) & (tile == 0) & (step == 0))
   def _start():
-    for ref in (d_bias, d_table, d_far):
+    for ref in d_biases:
       if ref is not None:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
@@ -357,51 +380,32 @@ def _backward_query(geometry, spans, tokens, side, rows, d_query_ref,
             geometry, across[lanes, window], d_scores.astype(dtype),
             _ROWS_BY_COLUMNS)
 
+  def differentiate(bias, place):
+    key, key_segments = side.key[...], _column(side.segment_ids[...])
+    across = key.T
+    for head, line, lanes in _by_head(geometry):
+      scores = _scores(
+          geometry, key, _head(geometry, tokens.query[...], head), bias(head),
+          key_segments, segments)
+      _, d_scores = _weights_and_gradient(
+          geometry, scores, side.value[...],
+          _head(geometry, rows.gradient[...], head), rows.lse[line, :],
+          rows.delta[line, :])
+      _add_to_side_bias(geometry, d_table, d_far, head, place, d_scores)
+      d_query[lanes, :] += _dot(
+          geometry, across[lanes], d_scores.astype(dtype), _ROWS_BY_COLUMNS)
+
   if side is not None:
-    first_block, first, end = (
-        spans.queries[3 * (row * tiles + tile) + i] for i in range(3))
-
-    @pl.when(first + step < end)
-    def _side():
-      key, value = side.key[...], side.value[...]
-      key_segments = _column(side.segment_ids[...])
-      across = key.T
-
-      def update(bias, place):
-        for head, line, lanes in _by_head(geometry):
-          scores = _scores(
-              geometry, key, _head(geometry, tokens.query[...], head),
-              bias(head), key_segments, segments)
-          _, d_scores = _weights_and_gradient(
-              geometry, scores, value,
-              _head(geometry, rows.gradient[...], head),
-              rows.lse[line, :], rows.delta[line, :])
-          d_query[lanes, :] += _dot(
-              geometry, across[lanes], d_scores.astype(dtype),
-              _ROWS_BY_COLUMNS)
-          if place.one_hot is not None:
-            part = pl.ds(place.start, geometry.side_tile)
-            d_table[head, part, :] += _dot(
-                geometry, d_scores.astype(dtype),
-                place.one_hot[:geometry.rows], _ROWS_BY_ROWS)
-          else:
-            sums = jnp.sum(d_scores, axis=0, keepdims=True)
-            before = slice(2 * head, 2 * head + 1)
-            behind = slice(2 * head + 1, 2 * head + 2)
-            d_far[before, :] += jnp.where(place.behind, 0, sums)
-            d_far[behind, :] += jnp.where(place.behind, sums, 0)
-
-      _with_side_bias(
-          geometry, side, group * geometry.heads,
-          (first + step) * geometry.side_tile - first_block, update)
+    _with_globals(geometry, spans, side, differentiate)
 
   @pl.when(step == steps - 1)
   def _finish():
     d_query_ref[...] = d_query[...].T.astype(d_query_ref.dtype)
 
 
-def _backward_key(geometry, spans, tokens, rows, d_key_ref, d_value_ref):
-  del spans
+def _backward_key(geometry, spans, tokens, rows, d_key_ref, d_value_ref,
+                  scratch):
+  del spans, scratch
   tile, tiles = pl.program_id(2), pl.num_programs(2)
   dtype = tokens.key.dtype
   key, value = tokens.key[...], tokens.value[...]
@@ -429,7 +433,8 @@ def _backward_key(geometry, spans, tokens, rows, d_key_ref, d_value_ref):
 
 
 def _backward_side(geometry, spans, tokens, side, rows, d_key_ref,
-                   d_value_ref, d_key, d_value):
+                   d_value_ref, scratch):
+  d_key, d_value = scratch
   group, row, side_tile, step = (pl.program_id(axis) for axis in range(4))
   side_tiles, steps = pl.num_programs(2), pl.num_programs(3)
   first, end = (
@@ -438,7 +443,7 @@ def _backward_side(geometry, spans, tokens, side, rows, d_key_ref,
 
   @pl.when(step == 0)
   def _start():
-    for ref in (d_key, d_value):
+    for ref in scratch:
       ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
   @pl.when(tile < end)
@@ -541,15 +546,16 @@ def _call(geometry, kernel, grid, arrays, in_specs, outputs, scratch,
     products: of matrices, in multiplications.
   """
   shapes, specs = outputs
+  semantics: Any = ('parallel', *['arbitrary'] * (len(grid) - 1))
   return pl.pallas_call(
       partial(kernel, geometry),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=specs,
-          scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch]),
+          scratch_shapes=[
+              tuple(pltpu.VMEM(shape, jnp.float32) for shape in scratch)]),
       out_shape=shapes,
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', *['arbitrary'] * (len(grid) - 1)),
-          vmem_limit_bytes=_VMEM_BYTES),
+          dimension_semantics=semantics, vmem_limit_bytes=_VMEM_BYTES),
       # For XLA's schedule; it cannot look inside.
       cost_estimate=pl.CostEstimate(
           flops=2 * products, transcendentals=0, bytes_accessed=sum(
@@ -626,11 +632,11 @@ def forward(geometry: Geometry, spans: Spans | None, tokens: Tokens,
 def backward_query(
     geometry: Geometry, spans: Spans | None, tokens: Tokens,
     side: Globals | None, rows: Rows,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-  """The gradients of queries, [B, L, H K], of their bias, of one part of the
-  table, [H, table_rows, rows], and of the far biases, [groups, 2 heads, tile],
-  that one the sum over its last dimension. The last two are None without global
-  tokens; other arguments are as of `forward`."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None, jax.Array | None]]:
+  """The gradient of queries, [B, L, H K], and those of biases: of the tokens',
+  of one part of the table, [H, table_rows, rows], and of the far ones, [groups,
+  2 heads, tile], sums over the last dimension. The last two are None without
+  global tokens. Arguments are as of `forward`."""
   sizes = _sizes(geometry, tokens, side)
   heads = sizes.groups * geometry.heads
   specs = _query_specs(geometry, sizes, tokens, side)
@@ -649,8 +655,9 @@ def backward_query(
       (spans, _with_windows_of_keys(tokens), side, rows),
       (*specs, jax.tree.map(partial(_cut, geometry, geometry.tile, _own),
                             rows)),
-      ((jax.typeof(tokens.query), float32(*tokens.bias.shape), d_table, d_far),
-       (specs[0].query, specs[0].bias, table_spec, far_spec)),
+      ((jax.typeof(tokens.query),
+        (float32(*tokens.bias.shape), d_table, d_far)),
+       (specs[0].query, (specs[0].bias, table_spec, far_spec))),
       [(geometry.lanes, geometry.tile)], _products(geometry, sizes, 3, 3))
 
 
