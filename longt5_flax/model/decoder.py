@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.attention import full_attention
+from longt5_flax.model.attention_choice import choose_attention
 from longt5_flax.model.layers import (
     MLP,
     Dense,
@@ -55,7 +56,7 @@ class DecoderAttention(Projections):
 
   Attributes:
     attention: which implementation attends to whole inputs; see
-      `longt5.ATTENTION_IMPLEMENTATIONS`.
+      `choose_attention`.
   """
   attention: str = 'reference'
 
@@ -71,7 +72,8 @@ class DecoderAttention(Projections):
       deterministic: bool) -> Float[Array, 'B T D']:
     """Attends to the encoder's output, for all targets at once."""
     key, value = self.project_key_value(context.encoded, deterministic)
-    if self.attention != 'fused':
+    choice = choose_attention(self.attention, self.config, key.shape[1])
+    if choice.cross != 'fused':
       return self._attend(x, key, value, None, context.cross_mask)
     return self.project_out(segment_attention(
         self.project_query(x), key, value, context.segment_ids,

@@ -1,4 +1,5 @@
-"""Local and transient-global attention in GPU kernels that keep no scores.
+"""Local and transient-global attention in kernels that keep no scores: here
+those of GPUs, in `fused_attention_tpu` those of TPUs.
 
 Forward and backward hold one tile of scores at a time, on the chip; biases are
 made inside from their vectors over offsets, and their gradients summed tile by
@@ -19,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from longt5_flax.model import fused_attention_tpu
 from longt5_flax.model.attention import GlobalTokens
 from longt5_flax.model.kernels import fused_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
@@ -30,6 +32,7 @@ from longt5_flax.model.kernels.calls import (
     on_each_device,
     ranges_meet,
     segment_range,
+    target_platform,
     to_operands,
 )
 from longt5_flax.model.kernels.fused_attention_triton import Geometry
@@ -61,7 +64,7 @@ def fused_attention(
     options: how the kernels are run.
 
   Raises:
-    ConfigError: the device is no GPU.
+    ConfigError: the device has no such kernels, or they cannot do this.
   """
   tokens: tuple[Array, ...] = query, key, value
   tables: tuple[Array, ...] = bias,
@@ -72,8 +75,10 @@ def fused_attention(
     tables += side.bias,
     ids += side.segment_ids, side.block_ids
     block_size = side.block_size
+  on_a_tpu = (options.platform or target_platform()) == 'tpu'
   attend = partial(
-      _attend, block_size=block_size, dtype=dtype, options=options)
+      fused_attention_tpu.attend if on_a_tpu else _attend,
+      block_size=block_size, dtype=dtype, options=options)
   return on_each_device(attend, tokens, tables, ids, options)
 
 

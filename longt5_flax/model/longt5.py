@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.model.attention_choice import ATTENTION_IMPLEMENTATIONS
 from longt5_flax.model.decoder import Decoder
 from longt5_flax.model.encoder import Encoder
 from longt5_flax.model.inputs import flexible_inputs
 from longt5_flax.model.layers import REMAT_POLICIES, Embed
 
-ATTENTION_IMPLEMENTATIONS = ('reference', 'chunked', 'fused')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -34,13 +34,14 @@ class _LongT5(nn.Module):
     scan_layers: whether layers are stacked in one `layers` subtree.
     remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
       products) or 'layer' (all inside a layer).
-    attention: the implementation of attention to the inputs.
+    attention: the implementation of attention to the inputs; see
+      `choose_attention`. Only 'reference' has weights to give.
   """
   config: LongT5Config
   dtype: DTypeLike = jnp.float32
   scan_layers: bool = False
   remat: str = 'none'
-  attention: str = 'reference'
+  attention: str = 'auto'
 
   def setup(self):
     for name, known in (('remat', REMAT_POLICIES),

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from longt5_flax.config import ConfigError, LongT5Config
-from longt5_flax.model.layers import REMAT_POLICIES
-from longt5_flax.model.longt5 import (
+from longt5_flax.model.attention_choice import (
     ATTENTION_IMPLEMENTATIONS,
-    DTYPES,
-    LongT5ForConditionalGeneration,
+    AttentionChoice,
+    check_attention,
+    choose_attention,
 )
+from longt5_flax.model.layers import REMAT_POLICIES
+from longt5_flax.model.longt5 import DTYPES, LongT5ForConditionalGeneration
 from longt5_flax.training.init_from import check_spec
 from longt5_flax.training.optimizer import make_optimizer
 from longt5_flax.training.schedules import make_schedule
@@ -124,6 +126,21 @@ def check_batch(config: Any, row_parts: int) -> None:
     raise ConfigError(
         f'data.batch_size={rows} must be a multiple of mesh.data * mesh.fsdp '
         f'= {row_parts} times optimizer.microbatches={microbatches}.')
+
+
+def attention_choice(config: Any, platform: str) -> AttentionChoice:
+  """What attends to the inputs of a run.
+
+  Args:
+    config: the run's.
+    platform: of its devices.
+
+  Raises:
+    ConfigError: the platform has no kernels, and they are asked for.
+  """
+  asked, model = config.precision.attention, model_config(config.model)
+  check_attention(asked, model, platform)
+  return choose_attention(asked, model, config.data.inputs_length, platform)
 
 
 def check_vocabulary(vocabulary: Any, model: LongT5Config,

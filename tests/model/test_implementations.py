@@ -47,6 +47,11 @@ def fused(*inputs, tile=64):
   return fused_attention(*inputs, KernelOptions(tile, interpret=True))
 
 
+def fused_on_a_tpu(*inputs):
+  return fused_attention(
+      *inputs, KernelOptions(16, interpret=True, platform='tpu'))
+
+
 def segments(rows, length):
   ids = np.zeros((len(rows), length), np.int32)
   for row, lengths in zip(ids, rows, strict=True):
@@ -138,6 +143,25 @@ def test_fused_equals_reference(layout, radius, block_size, reach):
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
+@pytest.mark.parametrize('layout, radius, block_size, reach, shape, dtype', [
+    ('padded', 7, 0, 6, (2, 8), 'float32'),
+    ('padded', 30, 4, 6, (3, 64), 'float32'),
+    ('packed', 7, 16, 2, (2, 8), 'float16'),
+    ('long', 7, 4, 6, (2, 8), 'float32'),
+    ('long', 20, 2, 40, (1, 140), 'float32')])
+def test_fused_on_a_tpu_equals_reference(
+    layout, radius, block_size, reach, shape, dtype):
+  """A radius below a block and of several; heads that fill a group, are filled
+  up to one and are larger; float16, which is computed in float32."""
+  segment_ids = segments(LAYOUTS[layout], SIZES[layout][0])
+  arrays, with_rest = random_inputs(
+      segment_ids, radius, block_size, reach, shape)
+  golden.assert_trees_close(
+      values_and_gradients(fused_on_a_tpu, arrays,
+                           in_dtype(jnp.dtype(dtype), with_rest), segment_ids),
+      values_and_gradients(reference, arrays, with_rest, segment_ids))
+
+
 def targets_and_inputs(target_rows, input_rows, lengths, shape):
   """Arrays with a gradient, and the segments of targets and inputs."""
   ids = tuple(segments(rows, length) for rows, length in zip(
@@ -198,11 +222,12 @@ def check_errors(narrow, exact, dtype):
     assert rounding / 8 < error < 8 * rounding, f'{name}: {error:.3g}'
 
 
-def test_fused_rounds_as_bfloat16_does():
+@pytest.mark.parametrize('attend', [
+    functools.partial(fused, tile=16), fused_on_a_tpu], ids=['gpu', 'tpu'])
+def test_fused_rounds_as_bfloat16_does(attend):
   segment_ids = segments(LAYOUTS['packed'], 100)
   arrays, with_rest = random_inputs(segment_ids, 7, 4, 6)
-  check_rounding(functools.partial(fused, tile=16), jnp.bfloat16, arrays,
-                 with_rest, segment_ids)
+  check_rounding(attend, jnp.bfloat16, arrays, with_rest, segment_ids)
 
 
 def test_fused_on_a_mesh():
@@ -289,11 +314,18 @@ def real_targets():
       (12, 64))
 
 
-def test_fused_needs_a_gpu():
+def test_fused_needs_a_gpu_or_a_tpu():
   segment_ids = segments([[8]], 8)
   arrays, with_rest = random_inputs(segment_ids, 1, 0, 0)
-  with pytest.raises(ConfigError, match="needs an NVIDIA GPU, not 'cpu'"):
+  with pytest.raises(ConfigError, match="GPU or a TPU, not 'cpu'"):
     fused_attention(*with_rest(arrays))
+
+
+def test_fused_on_a_tpu_needs_a_radius_that_fits():
+  segment_ids = segments([[8]], 8)
+  arrays, with_rest = random_inputs(segment_ids, 513, 0, 0)
+  with pytest.raises(ConfigError, match='local_radius=513 must be at most 512'):
+    fused_on_a_tpu(*with_rest(arrays))
 
 
 @on_gpu

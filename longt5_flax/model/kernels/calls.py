@@ -22,11 +22,13 @@ class KernelOptions(NamedTuple):
   """How kernels are run; results are the same within rounding.
 
   Attributes:
-    tile: tokens of a tile; a power of two, 16 or more.
+    tile: tokens of a tile; a power of two, 16 or more. On a TPU always 128.
     interpret: on any device, slowly, for tests.
+    platform: whose kernels, 'gpu' or 'tpu'; empty for the device's.
   """
   tile: int = 64
   interpret: bool = False
+  platform: str = ''
 
   def tiling(self, dtype: DTypeLike) -> Tiling:
     """For products in `dtype`; see `to_operands`."""
@@ -40,6 +42,28 @@ class KernelOptions(NamedTuple):
 
 
 ON_A_GPU = KernelOptions()
+_LEAST_CAPABILITY = 8  # Ampere's.
+
+
+def target_platform() -> str:
+  """What the program at hand is for: the platform of the mesh's devices, which
+  need not be here, or without a mesh of JAX's default devices."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def why_no_kernels(platform: str) -> str:
+  """What 'fused' needs and the platform has not got; empty if it has all."""
+  if platform not in ('gpu', 'tpu'):
+    return f'needs an NVIDIA GPU or a TPU, not {platform!r}'
+  # What a program is compiled for elsewhere is not known; AMD's are no numbers.
+  capability = getattr(jax.devices()[0], 'compute_capability', None)
+  if platform == 'gpu' and capability is not None:
+    major = capability.split('.')[0]
+    if not major.isdigit() or int(major) < _LEAST_CAPABILITY:
+      return (f'needs an NVIDIA GPU of compute capability {_LEAST_CAPABILITY} '
+              f'or more, not {capability}')
+  return ''
 
 
 def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
@@ -71,11 +95,11 @@ def on_each_device(
     options: see KernelOptions.
 
   Raises:
-    ConfigError: the device is no GPU.
+    ConfigError: the device has no such kernels.
   """
-  if not options.interpret and jax.default_backend() != 'gpu':
-    raise ConfigError("attention='fused' needs an NVIDIA GPU, not "
-                      f'{jax.default_backend()!r}.')
+  refusal = why_no_kernels(target_platform())
+  if refusal and not options.interpret:
+    raise ConfigError(f"attention='fused' {refusal}.")
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
     rows = _mesh_axes(mesh, 'batch', tokens[0].shape[0])
