@@ -89,12 +89,8 @@ def make_inputs(config: Any, model: LongT5Config, rows: Sequence[int],
   description = describe(documents)
   if isinstance(documents, Examples):
     description += lengths_of(documents, vocabulary, options)
-    if held_out:
-      stats = delivered.stats()
-      description += (
-          f'; of {stats["examples"]:,} held out {stats["cut_inputs"]:,} inputs '
-          f'and {stats["cut_targets"]:,} targets cut')
-  return Inputs(vocabulary, batches, held_out, description)
+  return Inputs(vocabulary, batches, held_out,
+                description + describe_held_out(delivered.stats()))
 
 
 def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
@@ -117,9 +113,10 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
     run_config.check_vocabulary(
         vocabulary, model, f'The vocabulary of task {data.task}')
     batches = TaskBatches(task, options, num_rows, shard)
+    delivered = Delivered(options)
     held_out = data.validation_split and held_out_task_batches(
         task, data.validation_split, options, data.batch_size,
-        config.eval.max_batches)
+        config.eval.max_batches, delivered)
   except tasks.UnreachableError as error:
     if corpus_of(data.task) and not data.vocabulary:
       raise DataError(f'{error}. --config.data.vocabulary=MODEL names a local '
@@ -130,7 +127,8 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
         f'{error}. --config.data.vocabulary=MODEL and --config.data.tfds_dir='
         'DIR name local copies; --config.data.source=jsonl --config.data.path='
         'FILES --config.data.vocabulary=MODEL trains on local text') from None
-  return Inputs(vocabulary, batches, held_out or [], describe_task(task))
+  return Inputs(vocabulary, batches, held_out or [],
+                describe_task(task) + describe_held_out(delivered.stats()))
 
 
 def check_task_objective(data: Any) -> None:
@@ -272,6 +270,18 @@ def lengths_of(examples: Examples, vocabulary: Vocabulary,
   return (f', {long} of {len(some)} looked at longer than '
           f'{options.inputs_length:,} tokens (long_inputs='
           f'{options.long_inputs!r})')
+
+
+def describe_held_out(stats: dict[str, int | float]) -> str:
+  """How much of held-out examples is cut, if that is known and there are any.
+
+  Args:
+    stats: of `Delivered`.
+  """
+  if not stats.get('cut_inputs', 0) + stats.get('cut_targets', 0):
+    return ''
+  return (f'; of {stats["examples"]:,} held out {stats["cut_inputs"]:,} inputs '
+          f'and {stats["cut_targets"]:,} targets cut')
 
 
 def check_source(data: Any) -> None:

@@ -145,6 +145,7 @@ def test_task_of_the_paper(settings, tmp_path):
   long = sum(inputs[-2] > 0 for inputs, _ in found)
   assert long > 0
   assert f'cut_inputs {long},' in run.printed
+  assert 'seqio task longt5_qmsum; of 8 held out 2 inputs and' in run.printed
   assert run.lines('validation')[-1]['loss'] > 0
 
 
