@@ -1,6 +1,7 @@
 """From a run's config to what it reads: vocabulary, batches, held-out rows."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from longt5_flax.data.sources import (
     load_documents,
 )
 from longt5_flax.data.span_corruption import SpanCorruptionOptions
-from longt5_flax.data.task_formats import corpus_of
+from longt5_flax.data.task_formats import CORPORA, PREFIX, corpus_of
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.training import run_config
 
@@ -139,6 +140,12 @@ def check_task_objective(data: Any) -> None:
   elif data.prefix:
     raise ConfigError(f'data.prefix={data.prefix!r} has no say in task '
                       f'{data.task!r}: leave it out.')
+  if data.objective == SUPERVISED:
+    names = [PREFIX + name for name in CORPORA]
+    near = difflib.get_close_matches(data.task, names) or names
+    raise ConfigError(f'data.objective={SUPERVISED!r} has no say in task '
+                      f'{data.task!r}: leave it out, or choose a task such as '
+                      f'{", ".join(near)}.')
   # The default may stand beside any task.
   if data.objective != 'gap_sentences' and (
       data.task != f'longt5_c4_{data.objective}'):

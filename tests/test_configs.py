@@ -151,7 +151,7 @@ def test_published_fine_tuning(task):
           config.schedule.warmup_steps) == ('constant', 1e-3, 0)
   assert config.optimizer.name == 'adafactor'
   assert config.data.prefix == ''
-  assert not config.data.packing
+  assert config.data.packing  # As in T5X's finetune.gin.
   lengths = config.data.inputs_length, config.data.targets_length
   expected = {'natural_questions': (12288, 128), 'trivia_qa': (16384, 128)}
   if task in expected:

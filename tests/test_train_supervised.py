@@ -198,8 +198,8 @@ def test_bad_files(key, content, message, settings, tmp_path):
     ({'data.source': 'seqio', 'data.path': '', 'data.validation_path': '',
       'data.task': 'longt5_arxive'}, ConfigError,
      "data.objective='supervised' has no say in task 'longt5_arxive': leave it "
-     'out, and choose a task, such as longt5_c4_span_corruption or '
-     'longt5_c4_mixture.'),
+     'out, or choose a task such as longt5_arxiv, longt5_narrative_qa, '
+     'longt5_qasper.'),
 ], ids=str)
 def test_settings_that_cannot_be(overrides, kind, message, settings, tmp_path):
   refuses(kind, message.format(path=settings['data.path']), tmp_path / 'run',
@@ -211,7 +211,8 @@ def test_long_input_that_is_refused(settings, tmp_path):
   count = len(VOCABULARY.encode(EXAMPLES[3]['inputs'])) + 1
   refuses(DataError, f"example '4': {count} input tokens are more than "
           "inputs_length=64, and long_inputs='refuse'", tmp_path / 'run',
-          settings | {'data.long_inputs': 'refuse'})
+          settings | {'data.long_inputs': 'refuse',
+                      'data.validation_path': ''})
 
 
 def test_checkpoint_of_another_vocabulary(settings, parts, tmp_path):
