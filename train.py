@@ -52,7 +52,8 @@ from longt5_flax.training.train_step import (
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'The run\'s folder; runs/<config name> by default.')
+    'workdir', None, 'The run\'s folder; by default runs/<config name>, with '
+    'the config\'s argument behind it.')
 _COORDINATOR = flags.DEFINE_string(
     'coordinator', '', 'HOST:PORT of process 0, for several processes where '
     'the environment does not say it (TPU pods and Slurm do).')
@@ -310,8 +311,10 @@ def say_what_next(report, workdir, config):
 def run(argv):
   """Starts `main`; a user's mistake becomes one line and exit code 2."""
   del argv
-  name = os.path.splitext(os.path.basename(
-      config_flags.get_config_filename(flags.FLAGS['config'])))[0]
+  path, _, argument = config_flags.get_config_filename(
+      flags.FLAGS['config']).partition(':')
+  name = os.path.splitext(os.path.basename(path))[0]
+  name += f'_{argument}' if argument else ''
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # Orbax says a lot.
   try:

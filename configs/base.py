@@ -60,14 +60,23 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.decoder_start_token_id = placeholder(int)
 
   config.data = ml_collections.ConfigDict()
-  # jsonl: one JSON object a line; text: one document a file; arrayrecord: a
-  # folder of longt5_flax.prepare; seqio: a task (docs/data.md).
+  # jsonl: one JSON object a line; tsv: one example a line, the first one names
+  # columns; text: one document a file; arrayrecord: a folder of
+  # longt5_flax.prepare; seqio: a task (docs/data.md).
   config.data.source = 'jsonl'
   # Files or globs, separated by commas, plain, .gz, .xz or .zst; or the folder.
   config.data.path = ''
   # Held-out documents; '' for no evaluation.
   config.data.validation_path = ''
   config.data.field = 'text'  # Of a JSON object.
+  # Of objective supervised: fields or columns. References, a list of texts to
+  # score by, and an id may be missing under these names: they are then the
+  # targets and the number of the line.
+  config.data.inputs_field = 'inputs'
+  config.data.targets_field = 'targets'
+  config.data.references_field = 'references'
+  config.data.id_field = 'id'
+  config.data.prefix = ''  # Before the inputs; LongT5 was trained without.
   # A broken line: 'raise' names file and line; 'skip' counts them.
   config.data.on_bad_record = 'raise'
   # Of source seqio: a task or mixture; the Python module that registers it, ''
@@ -75,22 +84,29 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.task = ''
   config.data.module = ''
   config.data.validation_split = ''
-  # What longt5_flax's own tasks read: a dataset of TensorFlow Datasets with a
-  # field `text`, and the folder of datasets, '' for TFDS's own.
-  config.data.tfds_name = 'c4/en:2.2.0'
+  # What longt5_flax's own tasks read: a dataset of TensorFlow Datasets in place
+  # of the task's, which is '' (pretraining: c4/en:2.2.0); and the folder of
+  # datasets, '' for TFDS's own.
+  config.data.tfds_name = ''
   config.data.tfds_dir = ''
+  config.data.task_dir = ''  # Folder of tasks that are files made by hand.
   # A SentencePiece model. '' with source seqio: the task's.
   config.data.vocabulary = ''
   # Sentinels <extra_id_n>; those that the file does not hold come after its
   # pieces, as in seqio.
   config.data.extra_ids = 100
   # gap_sentences, span_corruption, or a mix of them, drawn for each document:
-  # 'gap_sentences:1,span_corruption:1'. With source seqio the task decides.
+  # 'gap_sentences:1,span_corruption:1'. supervised: examples of inputs and
+  # targets. With source seqio the task decides.
   config.data.objective = 'gap_sentences'
   # What becomes of a document longer than the inputs. 'cut': as published, all
   # of it is scored and the input cut, so that targets may lie beyond it.
   # 'pieces': consecutive pieces, each scored by itself.
   config.data.long_documents = 'cut'
+  # Supervised inputs longer than the limit, prefix and end included. 'cut_end'
+  # keeps their beginning; 'cut_middle' as much of the beginning as of the end;
+  # 'leave_out' does not use the example; 'refuse' ends the run. It is counted.
+  config.data.long_inputs = 'cut_end'
   config.data.inputs_length = 4096
   config.data.targets_length = 910
   # Rows of a step, over all devices and microbatches.
@@ -196,6 +212,16 @@ def get_config() -> ml_collections.ConfigDict:
   # wrote in its place.
   config.eval.samples = 0
   config.eval.sample_length = 64  # Tokens that the model may write.
+  # rouge, rouge_stemmed, squad, trivia_qa, or a task of SCROLLS; '': the loss
+  # is all.
+  config.eval.metric = ''
+  config.eval.decode_every_steps = 0  # Writing and scoring; 0: not in training.
+  config.eval.num_beams = 1  # 1: greedy.
+  config.eval.max_decode_length = 512  # Tokens of a prediction, at most.
+  # The number that chooses the checkpoint to keep, '' for none; and how many
+  # evaluations it may fail to improve before training ends, 0: any.
+  config.eval.keep_best = ''
+  config.eval.patience = 0
 
   # A profiler trace of num_steps steps, for TensorBoard, from first_step on.
   config.profile = ml_collections.ConfigDict()

@@ -10,6 +10,7 @@ from longt5_flax.config import ConfigError
 
 # What reading a command line raises.
 MISTAKES = (flags.Error, KeyError, AttributeError, OSError)
+_REFUSED = f'{ConfigError.__module__}.{ConfigError.__qualname__}: '
 
 
 def one_line(error: Exception) -> str:
@@ -20,7 +21,9 @@ def one_line(error: Exception) -> str:
       wrong.
   """
   text = str(error)
-  if isinstance(error, OSError):  # The last line says what could not be read.
+  if _REFUSED in text:  # By a config file, which ml_collections quotes whole.
+    text = text.rpartition(_REFUSED)[2]
+  elif isinstance(error, OSError):  # The last line says what could not be read.
     text = text.rpartition('\n')[2]
   elif isinstance(error, KeyError | AttributeError):  # From ml_collections.
     if 'Error whilst parsing config file' in text:

@@ -31,7 +31,11 @@ from rich.progress import (
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError
 from longt5_flax.data.objectives import make_objective
-from longt5_flax.data.options import PipelineOptions, objective_weights
+from longt5_flax.data.options import (
+    SUPERVISED,
+    PipelineOptions,
+    objective_weights,
+)
 from longt5_flax.data.prepared import settings_that_matter
 from longt5_flax.data.seqio_source import (
     load_tasks,
@@ -81,9 +85,12 @@ def prepare(config: Any, output: str, workers: int, shards: int) -> list[str]:
   for name, value, least in (('workers', workers, 1), ('shards', shards, 0)):
     if value < least:
       raise ConfigError(f'--{name}={value} must be at least {least}.')
-  check_source(config.data.source)
+  check_source(config.data)
   if config.data.source == 'arrayrecord':
     raise ConfigError("data.source='arrayrecord' is prepared already.")
+  if config.data.objective == SUPERVISED:
+    raise ConfigError("data.objective='supervised' has nothing to prepare: "
+                      'train.py reads the examples as they are.')
   run_config.check_config(config)
   run_config.check_paths(config)
   if not config.data.vocabulary:
@@ -118,8 +125,7 @@ def _read(data, origin, options):
   if data.source != 'seqio':
     return load_documents(
         origin, data.source, field=data.field, on_bad_record=data.on_bad_record)
-  register_tasks(data.vocabulary, data.extra_ids, data.tfds_name, data.tfds_dir,
-                 options)
+  register_tasks(data, options)
   open_task(data.task, data.module)
   return Documents(load_tasks().task_texts(data.task, origin, data.field))
 

@@ -15,8 +15,11 @@ from absl import flags
 
 import runs
 import tiny_runs
+from configs import finetune
 from longt5_flax import convert, prepare
 from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.data.task_formats import CORPORA
+from longt5_flax.evaluation.metrics import METRICS, SCROLLS
 from longt5_flax.sweep_plan import read_plan
 from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.optimizer import make_optimizer, num_parameters
@@ -35,7 +38,9 @@ SHOWN = [path.relative_to(runs.ROOT).as_posix() for pattern in (
 
 
 def load(name):
-  config, rest = tiny_runs.parse(f'--config={runs.ROOT}/configs/{name}.py')
+  """The config of a file's stem, or of a file with an argument."""
+  name = name if ':' in name else f'{name}.py'
+  config, rest = tiny_runs.parse(f'--config={runs.ROOT}/configs/{name}')
   assert not rest
   return config
 
@@ -113,7 +118,8 @@ def test_released_sizes(name, millions):
   assert config.vocab_size == 32128
 
 
-@pytest.mark.parametrize('name', sorted(set(CONFIGS) - {'c4', 'quickstart'}))
+@pytest.mark.parametrize('name', sorted(
+    set(CONFIGS) - {'c4', 'finetune', 'quickstart'}))
 def test_published_settings(name):
   config = load(name)
   if name != 'base':
@@ -131,6 +137,33 @@ def test_published_settings(name):
   assert config.data.long_documents == 'cut'
   assert (config.gap_sentences.strategy,
           config.gap_sentences.ratio) == ('dynamic_rouge', 0.2)
+
+
+@pytest.mark.parametrize('task', finetune.TASKS)
+def test_published_fine_tuning(task):
+  config = load(f'finetune.py:{task}')
+  run_config.check_config(config)
+  assert config.data.task == f'longt5_{task}'
+  assert task in CORPORA
+  assert config.eval.metric in (METRICS if task not in SCROLLS else {task})
+  assert (config.model.dropout_rate, config.data.batch_size) == (0.1, 128)
+  assert (config.schedule.name, config.schedule.learning_rate,
+          config.schedule.warmup_steps) == ('constant', 1e-3, 0)
+  assert config.optimizer.name == 'adafactor'
+  assert config.data.prefix == ''
+  assert config.data.packing  # As in T5X's finetune.gin.
+  lengths = config.data.inputs_length, config.data.targets_length
+  expected = {'natural_questions': (12288, 128), 'trivia_qa': (16384, 128)}
+  if task in expected:
+    assert lengths == expected[task]
+  elif task not in SCROLLS:
+    assert lengths == (4096, 512)
+  # Its row of the docstring's table.
+  assert re.search(rf'^ +{task} +\d\d\.\d', finetune.__doc__, re.MULTILINE)
+
+
+def test_fine_tuning_has_all_tasks():
+  assert finetune.TASKS.keys() == CORPORA.keys()
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -233,8 +233,12 @@ def refused(capsys, command):
     ([], {'data__validation_path': 'no.jsonl'}, "no file 'no.jsonl'"),
     ([], {'data__source': 'arrayrecord'},
      "data.source='arrayrecord' is prepared already."),
+    ([], {'data__objective': 'supervised'},
+     "data.objective='supervised' has nothing to prepare: train.py reads the "
+     'examples as they are.'),
     ([], {'data__source': 'csv'},
-     "source='csv' must be one of ('jsonl', 'text', 'arrayrecord', 'seqio')"),
+     "source='csv' must be one of ('jsonl', 'tsv', 'text', 'arrayrecord', "
+     "'seqio')"),
     ([], {'data__source': 'seqio', 'data__path': ''},
      'data.task is empty: it must name a task or mixture of seqio.'),
     ([], {'data__source': 'seqio', 'data__path': '', 'data__task': 'x',

@@ -1,14 +1,16 @@
-"""From a document to examples: what a model reads and what it writes."""
+"""From a document, or an example in text, to token ids: what a model reads and
+what it writes."""
 
 import abc
 import bisect
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from longt5_flax.data import examples
 from longt5_flax.data.documents import (
     Document,
     Item,
@@ -18,7 +20,11 @@ from longt5_flax.data.documents import (
     split_sentences,
 )
 from longt5_flax.data.gap_sentences import mask_gap_sentences
-from longt5_flax.data.options import PipelineOptions, objective_weights
+from longt5_flax.data.options import (
+    SUPERVISED,
+    PipelineOptions,
+    objective_weights,
+)
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.span_corruption import (
     noise_counts,
@@ -29,15 +35,25 @@ from longt5_flax.data.vocabulary import Vocabulary
 
 
 class Example(NamedTuple):
-  """Token ids, int32: inputs [at most inputs_length], targets [at most
-  targets_length]; and how many target tokens were cut off."""
+  """Token ids, and what was cut.
+
+  Attributes:
+    inputs: [at most inputs_length] int32.
+    targets: [at most targets_length] int32.
+    lost: target tokens that were cut off.
+    lost_inputs: input tokens that were; only SUPERVISED counts them.
+    left_out: 1 for an example that is not to be used, and is empty; of others,
+      how many of those came right before it.
+  """
   inputs: np.ndarray
   targets: np.ndarray
-  lost: int
+  lost: int = 0
+  lost_inputs: int = 0
+  left_out: int = 0
 
 
 class Objective(abc.ABC):
-  """Makes examples of documents.
+  """Makes examples of what a source holds.
 
   Args:
     vocabulary: to tokenise.
@@ -51,6 +67,31 @@ class Objective(abc.ABC):
     self._vocabulary = vocabulary
     self._options = options
     self._lengths = options.inputs_length, options.targets_length
+
+  @abc.abstractmethod
+  def read(self, item: Any) -> Any:
+    """What `example` takes, of an item of a source."""
+
+  @abc.abstractmethod
+  def example(
+      self, document: Any, start: int, seeds: Sequence[int],
+      room: tuple[int, int]) -> tuple[Example, int | None]:
+    """An example, and where in the document the next one starts, if any.
+
+    Args:
+      document: from `read`.
+      start: 0, or where the example before said.
+      seeds: of all draws of this document.
+      room: input and target tokens left in the row, for a piece of a document
+        that must be cut anyway.
+
+    Raises:
+      DataError: none can be made of it.
+    """
+
+
+class OfDocuments(Objective):
+  """An objective that makes examples of documents."""
 
   def read(self, item: Item) -> Document:
     """A document of a text; of one that is prepared, itself.
@@ -68,22 +109,8 @@ class Objective(abc.ABC):
     size = max(1, min(longest, self._options.targets_length - 1))
     return cut_long_sentences(document, longest, size)
 
-  @abc.abstractmethod
-  def example(
-      self, document: Document, start: int, seeds: Sequence[int],
-      room: tuple[int, int]) -> tuple[Example, int | None]:
-    """An example, and where in the document the next one starts, if any.
 
-    Args:
-      document: from `read`.
-      start: 0, or where the example before said.
-      seeds: of all draws of this document.
-      room: input and target tokens left in the row, for a piece of a document
-        that must be cut anyway.
-    """
-
-
-class GapSentences(Objective):
+class GapSentences(OfDocuments):
   """Gap sentences of documents; `start` counts sentences.
 
   With long_documents='pieces' a document that a row cannot hold is cut between
@@ -142,7 +169,7 @@ class GapSentences(Objective):
         np.random.default_rng(seeds), self._lengths, self._vocabulary.eos_id))
 
 
-class SpanCorruption(Objective):
+class SpanCorruption(OfDocuments):
   """Span corruption of documents; `start` counts tokens.
 
   A document is cut every so many tokens that the inputs fill a row exactly, but
@@ -183,7 +210,7 @@ class SpanCorruption(Objective):
     return Example(inputs, cut, len(targets) - len(cut)), end
 
 
-class Mixture(Objective):
+class Mixture(OfDocuments):
   """One of several objectives for each document, drawn by their weights."""
 
   def __init__(self, vocabulary: Vocabulary, options: PipelineOptions):
@@ -202,8 +229,77 @@ class Mixture(Objective):
     return self._objectives[chosen].example(document, start, seeds, room)
 
 
+class Supervised(Objective):
+  """Inputs and targets of `examples.Example`, each with an end of sequence,
+  that is kept when they are cut, as T5 does.
+
+  Inputs of more than inputs_length tokens, prefix and end included, follow
+  `long_inputs`. 'cut_end': their last tokens go. 'cut_middle': as many of the
+  first tokens stay as of the last. 'leave_out': the example is not used.
+  'refuse': it is an error. Targets are cut at the end.
+  """
+
+  def read(self, item: examples.Example) -> examples.Example:
+    """See `Objective`."""
+    return item
+
+  def example(
+      self, document: examples.Example, start: int, seeds: Sequence[int],
+      room: tuple[int, int]) -> tuple[Example, int | None]:
+    """See `Objective`."""
+    del start, seeds, room  # An example is one, and as it is.
+    try:
+      return self.encode(document.inputs, document.targets), None
+    except DataError as error:
+      raise DataError(f'example {document.id!r}: {error}') from None
+
+  def encode(self, inputs: str, targets: str) -> Example:
+    """The example of two texts.
+
+    Raises:
+      DataError: the inputs are too long and must not be, or the targets have
+        no tokens.
+    """
+    input_ids, lost_inputs = self.encode_inputs(inputs)
+    policy = self._options.long_inputs
+    if lost_inputs and policy == 'leave_out':
+      return self.nothing
+    if lost_inputs and policy == 'refuse':
+      raise DataError(
+          f'{len(input_ids) + lost_inputs} input tokens are more than '
+          f"inputs_length={self._lengths[0]}, and long_inputs='refuse'")
+    ids = self._vocabulary.encode(targets)
+    if not ids:
+      raise DataError(f'{targets=} has no tokens')
+    target_ids = self._ended(ids[:self._lengths[1] - 1])
+    return Example(
+        input_ids, target_ids, len(ids) + 1 - len(target_ids), lost_inputs)
+
+  @property
+  def nothing(self) -> Example:
+    """Stands for an example that is left out."""
+    return Example(np.zeros(0, np.int32), np.zeros(0, np.int32), left_out=1)
+
+  def encode_inputs(self, text: str) -> tuple[np.ndarray, int]:
+    """[at most inputs_length] int32: ids of inputs, and how many are lost.
+
+    They are cut under every policy; at the end, unless it is 'cut_middle'.
+    """
+    ids = self._vocabulary.encode(self._options.prefix + text)
+    room = self._lengths[0] - 1
+    lost = max(0, len(ids) - room)
+    if lost:
+      last = room // 2 if self._options.long_inputs == 'cut_middle' else 0
+      ids = ids[:room - last] + ids[len(ids) - last:]
+    return self._ended(ids), lost
+
+  def _ended(self, ids: Sequence[int]) -> np.ndarray:
+    return np.array([*ids, self._vocabulary.eos_id], np.int32)
+
+
 _OBJECTIVES: dict[str, type[Objective]] = {
-    'gap_sentences': GapSentences, 'span_corruption': SpanCorruption}
+    'gap_sentences': GapSentences, 'span_corruption': SpanCorruption,
+    SUPERVISED: Supervised}
 
 
 def make_objective(vocabulary: Vocabulary, options: PipelineOptions

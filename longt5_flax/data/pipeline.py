@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from longt5_flax.data.documents import Item
-from longt5_flax.data.options import PipelineOptions
-from longt5_flax.data.row_streams import Row, RowStream
+from longt5_flax.data.options import SUPERVISED, PipelineOptions
+from longt5_flax.data.row_streams import Items, Row, RowStream
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.data.workers import InProcess, Job, RowError, Workers
@@ -18,6 +17,8 @@ from longt5_flax.data.workers import InProcess, Job, RowError, Workers
 __all__ = ['BatchIterator', 'PipelineOptions', 'RowError', 'fixed_batches']
 
 Batch = dict[str, np.ndarray]
+_SUPERVISED_COUNTS = ('cut_targets', 'cut_inputs', 'lost_input_tokens',
+                      'left_out_examples')
 
 
 class Delivered:
@@ -31,24 +32,37 @@ class Delivered:
     self._lengths = {'input': options.inputs_length,
                      'target': options.targets_length}
     self._rows = 0
-    self._counts = dict.fromkeys(
-        ('examples', 'input_tokens', 'target_tokens', 'lost_target_tokens'), 0)
+    names = ['examples', 'input_tokens', 'target_tokens', 'lost_target_tokens']
+    if options.objective == SUPERVISED:
+      names += _SUPERVISED_COUNTS
+    self._counts = dict.fromkeys(names, 0)
 
   def batch(self, rows: Sequence[Row]) -> Batch:
     """name -> [len(rows), length] int32."""
-    batch = _stack([row.features for row in rows])
-    self._rows += len(rows)
-    self._counts['examples'] += sum(row.examples for row in rows)
-    self._counts['lost_target_tokens'] += sum(row.lost for row in rows)
+    for row in rows:
+      self.count(row)
+    return _stack([row.features for row in rows])
+
+  def count(self, row: Row) -> None:
+    """Counts what is in a row."""
+    self._rows += 1
+    cut_targets, cut_inputs = row.cut
+    found = {'examples': row.examples, 'lost_target_tokens': row.lost,
+             'cut_targets': cut_targets, 'cut_inputs': cut_inputs,
+             'lost_input_tokens': row.lost_inputs,
+             'left_out_examples': row.left_out}
     for name, side in (('input', 'encoder'), ('target', 'decoder')):
-      real = np.count_nonzero(batch[f'{side}_segment_ids'])
-      self._counts[f'{name}_tokens'] += int(real)
-    return batch
+      real = np.count_nonzero(row.features[f'{side}_segment_ids'])
+      found[f'{name}_tokens'] = int(real)
+    for name in self._counts:
+      self._counts[name] += found[name]
 
   def stats(self) -> dict[str, int | float]:
     """`rows`, `examples`, real `input_tokens` and `target_tokens`,
     `lost_target_tokens` that were cut off, and `input_padding` and
-    `target_padding`: shares of the rows.
+    `target_padding`: shares of the rows. Of a supervised objective also how
+    many examples have `cut_targets` and `cut_inputs`, `lost_input_tokens`, and
+    `left_out_examples`.
     """
     return {'rows': self._rows, **self._counts} | {
         f'{name}_padding': 1 - self._counts[f'{name}_tokens'] / (
@@ -65,8 +79,8 @@ class BatchIterator:
   Processes start with the first batch. To be closed, or used in a `with`.
 
   Args:
-    documents: `Documents`, which workers share, or any other sequence, of
-      which each worker gets a copy.
+    documents: `Documents` or `Examples`, which workers share, or any other
+      sequence, of which each worker gets a copy.
     vocabulary: to tokenise.
     options: of the pipeline.
     batch_size: rows of a batch over all hosts.
@@ -78,7 +92,7 @@ class BatchIterator:
   """
 
   def __init__(
-      self, documents: Sequence[Item], vocabulary: Vocabulary,
+      self, documents: Items, vocabulary: Vocabulary,
       options: PipelineOptions, batch_size: int, rows: Sequence[int],
       workers: int = 0):
     _check(documents, batch_size)
@@ -169,8 +183,8 @@ class BatchIterator:
 
 
 def fixed_batches(
-    documents: Sequence[Item], vocabulary: Vocabulary,
-    options: PipelineOptions, batch_size: int, max_batches: int = 0
+    documents: Items, vocabulary: Vocabulary, options: PipelineOptions,
+    batch_size: int, max_batches: int = 0, delivered: Delivered | None = None
 ) -> list[Batch]:
   """The batches of a held-out set: always the same, each document once.
 
@@ -183,6 +197,7 @@ def fixed_batches(
     options: of the pipeline.
     batch_size: rows of a batch.
     max_batches: the first so many; 0: all.
+    delivered: to count what is in them.
 
   Returns:
     Batches, name -> [batch_size, length] int32, all rows on every host.
@@ -194,20 +209,25 @@ def fixed_batches(
   streams = [RowStream(documents, vocabulary, options, batch_size, row,
                        held_out=True) for row in range(batch_size)]
   turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))
-  return stack_rows(filter(None, turns), batch_size, max_batches)
+  return stack_rows(
+      filter(None, turns), batch_size, max_batches, delivered)
 
 
-def stack_rows(rows: Iterable[Row], batch_size: int, max_batches: int = 0
-               ) -> list[Batch]:
+def stack_rows(rows: Iterable[Row], batch_size: int, max_batches: int = 0,
+               delivered: Delivered | None = None) -> list[Batch]:
   """Batches of rows in their order, the last one filled up with zeros.
 
   Args:
     rows: any number.
     batch_size: rows of a batch.
     max_batches: the first so many; 0: all.
+    delivered: to count what is in them.
   """
-  limit = max_batches * batch_size or None
-  features = [row.features for row in itertools.islice(rows, limit)]
+  features = []
+  for row in itertools.islice(rows, max_batches * batch_size or None):
+    features.append(row.features)
+    if delivered:
+      delivered.count(row)
   while len(features) % batch_size:
     features.append({name: np.zeros_like(array)
                      for name, array in features[0].items()})
@@ -215,7 +235,7 @@ def stack_rows(rows: Iterable[Row], batch_size: int, max_batches: int = 0
           for i in range(0, len(features), batch_size)]
 
 
-def _check(documents: Sequence[Item], batch_size: int) -> None:
+def _check(documents: Items, batch_size: int) -> None:
   if not len(documents):
     raise DataError('there are no documents')
   if batch_size < 1:

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from longt5_flax.data.documents import Item
+from longt5_flax.data.examples import Example as TextExample
 from longt5_flax.data.objectives import Example, Objective, make_objective
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.sources import DataError
@@ -24,6 +25,10 @@ _BINS = 8
 # The least share of a row that is worth a piece of its own: smaller ones fill
 # rows better and see less of their document.
 _LEAST_ROOM = 1 / 16
+# Of a source; examples in text are for a supervised objective.
+Items = Sequence[Item] | Sequence[TextExample]
+# What examples bring with them besides tokens.
+COUNTS = ('lost', 'lost_inputs', 'left_out')
 
 
 class Row(NamedTuple):
@@ -33,10 +38,16 @@ class Row(NamedTuple):
     features: name -> [length] int32.
     examples: packed into it.
     lost: target tokens that were cut off its examples.
+    lost_inputs: input tokens that were, where that is counted.
+    cut: examples that lost targets, and inputs.
+    left_out: examples that came before those in it and were not used.
   """
   features: dict[str, np.ndarray]
   examples: int
   lost: int
+  lost_inputs: int
+  cut: tuple[int, int]
+  left_out: int
 
 
 class RowStream:
@@ -53,7 +64,7 @@ class RowStream:
   """
 
   def __init__(
-      self, documents: Sequence[Item], vocabulary: Vocabulary,
+      self, documents: Items, vocabulary: Vocabulary,
       options: PipelineOptions, batch_size: int, row: int,
       held_out: bool = False):
     name = 'held out' if held_out else 'train'
@@ -109,14 +120,18 @@ def packed_rows(examples: grain.IterDataset, options: PipelineOptions,
       # Bins are filled in turn, the last one least: in the same turn on all
       # rows there would be batches with more padding than others.
       shuffle_bins=True, seed=_seed(options.seed, name),
-      meta_features=('lost',),
+      meta_features=COUNTS,
       pack_alignment_struct={'inputs': options.global_block_size,
                              'targets': 1})
 
 
 def make_row(packed: dict[str, np.ndarray]) -> Row:
   """The row of what `packed_rows` gives."""
-  return Row(_features(packed), len(packed['lost']), int(sum(packed['lost'])))
+  lost, lost_inputs, left_out = (np.array(packed[name]) for name in COUNTS)
+  return Row(_features(packed), len(lost), int(lost.sum()),
+             int(lost_inputs.sum()),
+             (int((lost > 0).sum()), int((lost_inputs > 0).sum())),
+             int(left_out.sum()))
 
 
 def _seed(seed: int, name: str) -> int:
@@ -172,6 +187,12 @@ class _ExampleIterator(grain.DatasetIterator):
     self._read: Any = None
 
   def __next__(self) -> dict[str, Any]:
+    left_out = 0
+    while (example := self._example()).left_out:
+      left_out += 1
+    return example._replace(left_out=left_out)._asdict()
+
+  def _example(self) -> Example:
     dataset = self._dataset
     first, step = dataset.positions
     position = first + step * self._document
@@ -185,7 +206,7 @@ class _ExampleIterator(grain.DatasetIterator):
     if end is None:
       self._document, self._read = self._document + 1, None
     self._start = end or 0
-    return example._asdict()
+    return example
 
   def get_state(self) -> dict[str, Any]:
     return {'document': self._document, 'start': self._start,

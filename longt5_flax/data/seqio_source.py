@@ -19,10 +19,13 @@ from typing import Any
 import grain
 import numpy as np
 
+from longt5_flax.data.examples import Examples
+from longt5_flax.data.objectives import Example
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.pipeline import Batch, Delivered, stack_rows
-from longt5_flax.data.row_streams import make_row, packed_rows
+from longt5_flax.data.row_streams import COUNTS, make_row, packed_rows
 from longt5_flax.data.sources import DataError
+from longt5_flax.data.task_formats import corpus_of
 from longt5_flax.data.vocabulary import Vocabulary
 
 
@@ -60,17 +63,28 @@ def load_tasks() -> ModuleType:
   return tasks
 
 
+def load_paper_tasks() -> ModuleType:
+  """longt5_flax.data.paper_tasks.
+
+  Raises:
+    DataError: TensorFlow is not installed.
+  """
+  load_tasks()
+  return importlib.import_module('longt5_flax.data.paper_tasks')
+
+
 def open_task(name: str, module: str = '') -> Any:
   """The task or mixture `name`.
 
   Args:
-    name: registered by longt5_flax.data.tasks or by `module`.
+    name: registered by longt5_flax.data.tasks, by paper_tasks or by `module`.
     module: to import first, '' for none.
 
   Raises:
     DataError: no such module, no such task, or one of other features.
   """
   tasks = load_tasks()
+  load_paper_tasks()
   if module:
     try:
       importlib.import_module(module)
@@ -83,15 +97,13 @@ def open_task(name: str, module: str = '') -> Any:
   return tasks.find_task(name)
 
 
-def register_tasks(vocabulary: str, extra_ids: int, tfds_name: str,
-                   tfds_dir: str, options: PipelineOptions) -> None:
-  """Registers the tasks of longt5_flax.data.tasks anew, as a run wants them.
+def register_tasks(data: Any, options: PipelineOptions) -> None:
+  """Registers the tasks of this package anew, as a run wants them.
 
   Args:
-    vocabulary: a SentencePiece model, '' for the published one.
-    extra_ids: sentinels that it is to have; see `Vocabulary`.
-    tfds_name: the corpus.
-    tfds_dir: the folder of datasets, '' for TFDS's own.
+    data: of its config: `task`, `vocabulary` ('' for the published one),
+      `extra_ids` (sentinels that it is to have; see `Vocabulary`), `tfds_name`,
+      `tfds_dir` ('' for TFDS's own), `task_dir`, `on_bad_record`.
     options: of the objectives.
 
   Raises:
@@ -99,18 +111,42 @@ def register_tasks(vocabulary: str, extra_ids: int, tfds_name: str,
   """
   tasks = load_tasks()
   model: dict[str, Any] = {}
-  if vocabulary:
-    content = tasks.read_file(vocabulary)
+  if data.vocabulary:
+    content = tasks.read_file(data.vocabulary)
     # seqio adds what it is told; `Vocabulary` what is missing.
-    sizes = [Vocabulary.from_model(content, extra, vocabulary).size
-             for extra in (extra_ids, 0)]
-    model = dict(vocabulary=vocabulary, extra_ids=sizes[0] - sizes[1])
-  with tasks.explained(f'data.tfds_name={tfds_name}'):
-    tasks.register_tasks(
-        **model, tfds_name=tfds_name, tfds_dir=tfds_dir or None,
-        gap_sentences=options.gap_sentences,
-        span_corruption=options.span_corruption,
-        long_documents=options.long_documents)
+    sizes = [Vocabulary.from_model(content, extra, data.vocabulary).size
+             for extra in (data.extra_ids, 0)]
+    model = dict(vocabulary=data.vocabulary, extra_ids=sizes[0] - sizes[1])
+  tfds_dir = data.tfds_dir or None
+  with tasks.explained(f'data.tfds_name={data.tfds_name}'):
+    if corpus_of(data.task):
+      load_paper_tasks().register_paper_tasks(
+          **model, tfds_name=data.tfds_name, tfds_dir=tfds_dir,
+          task_dir=data.task_dir, task=data.task,
+          on_bad_record=data.on_bad_record, prefix=options.prefix,
+          long_inputs=options.long_inputs)
+    else:
+      tasks.register_tasks(
+          **model, tfds_name=data.tfds_name or tasks.C4, tfds_dir=tfds_dir,
+          gap_sentences=options.gap_sentences,
+          span_corruption=options.span_corruption,
+          long_documents=options.long_documents)
+
+
+def load_task_examples(name: str, split: str) -> Examples:
+  """The examples of a task as text; see `paper_tasks.task_examples`.
+
+  Args:
+    name: of a task that is registered.
+    split: of it.
+
+  Raises:
+    DataError: it cannot be read, or has no examples there.
+  """
+  examples = Examples(load_paper_tasks().task_examples(name, split))
+  if not examples:
+    raise DataError(f'task {name} has no examples in split {split!r}')
+  return examples
 
 
 def describe_task(task: Any) -> str:
@@ -144,6 +180,10 @@ class TaskVocabulary:
       self.pad_id = self._sides[1].pad_id
       self.eos_id = self._sides[1].eos_id
 
+  def encode(self, text: str) -> list[int]:
+    """Token ids of inputs, without end of sequence."""
+    return list(self._sides[0].encode(text))
+
   def decode(self, ids: Iterable[int]) -> str:
     """Text of token ids up to the first end of sequence."""
     return self._sides[1].decode([int(i) for i in ids])
@@ -176,16 +216,16 @@ class _Kept(grain.IterDataset):
   def get_state(self) -> dict[str, Any]:
     """A JSON value: what is kept."""
     return {'first': self._first, 'kept': [
-        [example['inputs'].tolist(), example['targets'].tolist()]
-        for example in self._kept]}
+        [example['inputs'].tolist(), example['targets'].tolist(),
+         *(example[name] for name in COUNTS)] for example in self._kept]}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Keeps what was kept when `get_state` was called."""
     self._first = state['first']
     self._kept = collections.deque(
-        {'inputs': np.array(inputs, np.int32),
-         'targets': np.array(targets, np.int32), 'lost': 0}
-        for inputs, targets in state['kept'])
+        Example(np.array(inputs, np.int32), np.array(targets, np.int32),
+                *counts)._asdict()
+        for inputs, targets, *counts in state['kept'])
 
 
 class _KeptIterator(grain.DatasetIterator):
@@ -301,7 +341,7 @@ class TaskBatches:
 
 def held_out_task_batches(
     task: Any, split: str, options: PipelineOptions, batch_size: int,
-    max_batches: int = 0) -> list[Batch]:
+    max_batches: int = 0, delivered: Delivered | None = None) -> list[Batch]:
   """Batches of one pass over a split: always the same, on every host.
 
   Args:
@@ -310,6 +350,7 @@ def held_out_task_batches(
     options: of the pipeline.
     batch_size: rows of a batch.
     max_batches: the first so many; 0: all.
+    delivered: to count what is in them.
 
   Raises:
     DataError: the task has no such split, or no examples in it.
@@ -317,7 +358,8 @@ def held_out_task_batches(
   with contextlib.closing(load_tasks().TaskExamples(
       task, split, _lengths(options), options.seed)) as examples:
     rows = packed_rows(_Kept(examples), options, 'held out')
-    batches = stack_rows(map(make_row, rows), batch_size, max_batches)
+    batches = stack_rows(
+        map(make_row, rows), batch_size, max_batches, delivered)
   if not batches:
     raise DataError(f'task {task.name} has no examples in split {split!r}')
   return batches

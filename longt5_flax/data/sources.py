@@ -1,6 +1,7 @@
 """Documents from files: JSON lines, or plain text with one document a file.
 
-Files are plain or compressed (.gz, .xz, .zst).
+Files are plain or compressed (.gz, .xz, .zst). Also what `examples` reads files
+by.
 """
 
 import array
@@ -15,7 +16,7 @@ import mmap
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -116,30 +117,29 @@ def load_documents(
   Raises:
     DataError: a setting or file that cannot be, a bad record, no documents.
   """
-  for name, value, known in (('source', source, SOURCES),
-                             ('on_bad_record', on_bad_record, ON_BAD_RECORD)):
-    if value not in known:
-      raise DataError(f'{name}={value!r} must be one of {known}')
-  parse = _json_text(field) if source == 'jsonl' else _utf8
-  problems: list[str] = []
+  check_choice('source', source, SOURCES)
+  parse = _json_text(field) if source == 'jsonl' else utf8
+  problems = Problems(on_bad_record)
 
   def texts() -> Iterator[str]:
     for file in expand_paths(path):
-      for place, record in _records(file, source):
+      for place, record in read_records(file, source):
         try:
           yield parse(record)
-        except _BadRecordError as bad:
-          problems.append(f'{place}: {bad}')
-          if on_bad_record == 'raise':
-            raise DataError(problems[0]) from None
+        except BadRecordError as bad:
+          problems.add(place, bad)
 
   documents = Documents(texts())
-  documents.skipped = len(problems)
+  documents.skipped = problems.count
   if not documents.num_bytes:
-    raise DataError(f'no text in {path}' + (
-        f'; skipped {len(problems)} bad records, the first {problems[0]}'
-        if problems else ''))
+    raise DataError(f'no text in {path}{problems}')
   return documents
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+  """Refuses a setting that is not one of those known."""
+  if value not in known:
+    raise DataError(f'{name}={value!r} must be one of {known}')
 
 
 def expand_paths(path: str) -> list[str]:
@@ -164,12 +164,53 @@ def expand_paths(path: str) -> list[str]:
   return sorted(files)
 
 
-class _BadRecordError(Exception):
+class BadRecordError(Exception):
   """What is wrong with a record, without its place."""
 
 
-def _records(file: str, source: str) -> Iterator[tuple[str, bytes]]:
-  """(place, bytes) of the records of a file."""
+class Problems:
+  """Bad records of files; `str` says how many were left out.
+
+  Args:
+    on_bad_record: 'raise', or 'skip' to count them.
+
+  Attributes:
+    count: of them so far.
+
+  Raises:
+    DataError: another `on_bad_record`.
+  """
+
+  def __init__(self, on_bad_record: str):
+    check_choice('on_bad_record', on_bad_record, ON_BAD_RECORD)
+    self._raises = on_bad_record == 'raise'
+    self._first = ''
+    self.count = 0
+
+  def add(self, place: str, bad: BadRecordError) -> None:
+    """One more.
+
+    Raises:
+      DataError: they are not to be skipped.
+    """
+    self._first = self._first or f'{place}: {bad}'
+    self.count += 1
+    if self._raises:
+      raise DataError(self._first) from None
+
+  def __str__(self) -> str:
+    if not self.count:
+      return ''
+    return f'; skipped {self.count} bad records, the first {self._first}'
+
+
+def read_records(file: str, source: str) -> Iterator[tuple[str, bytes]]:
+  """(place, bytes) of the records of a file: lines that are not blank, or for
+  source 'text' all of it.
+
+  Raises:
+    DataError: it cannot be read.
+  """
   try:
     with _open(file) as stream:
       if source == 'text':
@@ -178,7 +219,8 @@ def _records(file: str, source: str) -> Iterator[tuple[str, bytes]]:
       for number, line in enumerate(stream, 1):
         if number == 1:
           line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
+        # A TSV line of nothing but tabs is a record, though an empty one.
+        if line.strip(b'\r\n' if source == 'tsv' else None):
           yield f'{file}:{number}', line
   except EOFError:
     raise DataError(f'{file} is cut short: its compressed data has no end'
@@ -239,37 +281,69 @@ class _ZstandardFile(io.RawIOBase):
     super().close()
 
 
-def _utf8(record: bytes) -> str:
+def utf8(record: bytes) -> str:
+  """The text of a record.
+
+  Raises:
+    BadRecordError: it is not UTF-8.
+  """
   try:
     return record.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise _BadRecordError(f'not UTF-8: byte {error.object[error.start]:#04x} '
-                          f'at offset {error.start}') from None
+    raise BadRecordError(f'not UTF-8: byte {error.object[error.start]:#04x} '
+                         f'at offset {error.start}') from None
+
+
+def json_object(record: bytes, field: str) -> dict[str, Any]:
+  """The JSON object of a line.
+
+  Args:
+    record: the line.
+    field: that it should have, for messages.
+
+  Raises:
+    BadRecordError: it is none.
+  """
+  try:
+    value = json.loads(utf8(record.rstrip()))
+  except json.JSONDecodeError as error:
+    raise BadRecordError(
+        f'not JSON: {error.msg} at column {error.colno}') from None
+  except (ValueError, RecursionError) as error:
+    raise BadRecordError(f'not JSON that can be read: {error}') from None
+  if not isinstance(value, dict):
+    raise BadRecordError(
+        f'a JSON {type(value).__name__}, not an object with field {field!r}')
+  return value
+
+
+def text_field(record: Mapping[str, Any], field: str) -> str:
+  """The text in a field.
+
+  Raises:
+    BadRecordError: there is none.
+  """
+  if field not in record:
+    raise BadRecordError(f'no field {field!r}, only {sorted(record)}')
+  return check_text(record[field], field)
+
+
+def check_text(text: Any, field: str) -> str:
+  """The value of a field, if it is text.
+
+  Raises:
+    BadRecordError: it is none, or none that UTF-8 can hold.
+  """
+  if not isinstance(text, str):
+    raise BadRecordError(
+        f'field {field!r} is {type(text).__name__}, not a string')
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError:
+    raise BadRecordError(
+        f'field {field!r} holds half a surrogate pair') from None
+  return text
 
 
 def _json_text(field: str) -> Callable[[bytes], str]:
-  def parse(record: bytes) -> str:
-    try:
-      value = json.loads(_utf8(record.rstrip()))
-    except json.JSONDecodeError as error:
-      raise _BadRecordError(
-          f'not JSON: {error.msg} at column {error.colno}') from None
-    except (ValueError, RecursionError) as error:
-      raise _BadRecordError(f'not JSON that can be read: {error}') from None
-    if not isinstance(value, dict):
-      raise _BadRecordError(
-          f'a JSON {type(value).__name__}, not an object with field {field!r}')
-    if field not in value:
-      raise _BadRecordError(f'no field {field!r}, only {sorted(value)}')
-    text = value[field]
-    if not isinstance(text, str):
-      raise _BadRecordError(
-          f'field {field!r} is {type(text).__name__}, not a string')
-    try:
-      text.encode('utf-8')
-    except UnicodeEncodeError:
-      raise _BadRecordError(
-          f'field {field!r} holds half a surrogate pair') from None
-    return text
-
-  return parse
+  return lambda record: text_field(json_object(record, field), field)

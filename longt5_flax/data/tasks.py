@@ -1,6 +1,7 @@
 """LongT5's pretraining as seqio tasks, and tasks as examples for a run.
 
-The only module that imports seqio and TensorFlow. Plain seqio can use it:
+The only module that imports seqio and TensorFlow, but for `paper_tasks`. Plain
+seqio can use it:
 
   import longt5_flax.data.tasks
   import seqio
@@ -27,9 +28,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from longt5_flax.data.objectives import make_objective
+from longt5_flax.data.objectives import Example, make_objective
 from longt5_flax.data.options import PipelineOptions
 from longt5_flax.data.sources import DataError
+from longt5_flax.data.task_formats import CORPORA, PREFIX, how_to_get
 from longt5_flax.data.vocabulary import Vocabulary
 
 # Those of the published checkpoints.
@@ -40,6 +42,7 @@ TASKS = {'longt5_c4_gap_sentences': 'gap_sentences',
          'longt5_c4_span_corruption': 'span_corruption'}
 MIXTURE = 'longt5_c4_mixture'
 _SIDES = ('inputs', 'targets')
+EXAMPLE_FIELDS = Example._fields
 
 
 class UnreachableError(DataError):
@@ -72,7 +75,7 @@ def examples(objective: str, field: str = 'text', **options: Any
                        'may be')
     lengths = {f'{side}_length': sequence_length[side] for side in _SIDES}
     make = make_objective(
-        _vocabulary(output_features['inputs'].vocabulary),
+        plain_vocabulary(output_features['inputs'].vocabulary),
         PipelineOptions(objective=objective, **lengths, **options))
     room = lengths['inputs_length'], lengths['targets_length']
 
@@ -103,7 +106,7 @@ def examples(objective: str, field: str = 'text', **options: Any
   return preprocess
 
 
-def _vocabulary(vocabulary: Any) -> Vocabulary:
+def plain_vocabulary(vocabulary: Any) -> Vocabulary:
   """seqio's SentencePieceVocabulary without TensorFlow."""
   return Vocabulary.from_model(
       vocabulary.sp_model, 0, vocabulary.sentencepiece_model_file)
@@ -174,7 +177,7 @@ def find_task(name: str) -> Any:
   names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name not in names:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or sorted(
-        {*TASKS, MIXTURE})
+        {*TASKS, MIXTURE, *(PREFIX + corpus for corpus in CORPORA)})
     raise DataError(f'no seqio task or mixture {name!r}; there is '
                     + ', '.join(near))
   task = seqio.get_mixture_or_task(name)
@@ -216,13 +219,24 @@ def check_split(task: Any, split: str) -> None:
     DataError: naming those that it has, or where its data should be.
   """
   for each in seqio.get_subtasks(task):
-    if isinstance(each.source, seqio.TfdsDataSource) and not each.source.splits:
-      tfds = each.source.tfds_dataset
-      raise UnreachableError(f'task {each.name}: no data of {tfds.name} in '
-                             f'{tfds.builder.data_dir}')
+    source = each.source
+    if isinstance(source, seqio.TfdsDataSource):
+      tfds = source.tfds_dataset
+      if not tfds.info.splits:
+        raise UnreachableError(f'task {each.name}: no data of {tfds.name} in '
+                               f'{tfds.builder.data_dir}'
+                               + how_to_get(each.name))
   if split not in task.splits:
     raise DataError(f'task {task.name} has no split {split!r}, only '
                     f'{sorted(task.splits)}')
+  for each in seqio.get_subtasks(task):
+    if isinstance(each.source, seqio.FileDataSource) and split in each.splits:
+      files = each.source.list_shards(split)  # A name that is no pattern as is.
+      if not files or not tf.io.gfile.exists(files[0]):
+        raise UnreachableError(
+            f'task {each.name}: no file '
+            f'{each.source._split_to_filepattern[split]}'
+            + how_to_get(each.name))
 
 
 def source_sizes(task: Any, split: str) -> dict[str, int | None]:
@@ -284,10 +298,21 @@ class TaskExamples(Iterator[dict[str, Any]]):
     self.close = weakref.finalize(self, self._iterators.clear)
 
   def __next__(self) -> dict[str, Any]:
+    left_out = 0
+    while (example := self._example()).left_out:
+      left_out += 1
+    if not len(example.targets):
+      raise DataError(f'task {self._name}: an example has targets that are all '
+                      'padding; its preprocessors must leave it out')
+    return example._replace(left_out=left_out)._asdict()
+
+  def _example(self) -> Example:
     with explained(f'task {self._name}'):
       element = next(self._iterators[0])
-    return {side: np.trim_zeros(element[side].numpy(), 'b').astype(np.int32)
-            for side in _SIDES} | {'lost': 0}
+    return Example(
+        *(np.trim_zeros(element[side].numpy(), 'b').astype(np.int32)
+          for side in _SIDES),
+        *(int(element[name]) for name in EXAMPLE_FIELDS[2:] if name in element))
 
   def get_state(self) -> dict[str, str]:
     """Where it is, what tf.data has read ahead included: text for JSON.

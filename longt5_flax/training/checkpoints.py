@@ -18,8 +18,8 @@ _FREE_SECTIONS = frozenset({
     'checkpoint', 'eval', 'init_from', 'log_every_steps', 'mesh', 'profile',
     'schedule', 'steps'})
 _FREE_KEYS = frozenset({
-    'data.tfds_dir', 'data.validation_path', 'data.validation_split',
-    'data.workers', 'loss.chunk_mib',
+    'data.task_dir', 'data.tfds_dir', 'data.validation_path',
+    'data.validation_split', 'data.workers', 'loss.chunk_mib',
     'optimizer.microbatches', 'precision.attention', 'precision.dtype',
     'precision.remat'})
 

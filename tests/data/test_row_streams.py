@@ -193,11 +193,12 @@ def test_mask_must_be_in_the_vocabulary():
 
 @pytest.mark.parametrize('changes, message', [
     *(({'objective': objective},
-       f"{objective=}{name} must be one of ('gap_sentences', 'span_corruption')"
-       ", or a mix such as 'gap_sentences:1,span_corruption:1'")
+       f"{objective=}{name} must be one of ('gap_sentences', "
+       "'span_corruption', 'supervised'), or a mix such as "
+       "'gap_sentences:1,span_corruption:1'")
       for objective, name in (
           ('ul2', ''), ('', ''),
-          ('gap_sentences:1,supervised:1', ": 'supervised'"),
+          ('gap_sentences:1,ul2:1', ": 'ul2'"),
           ('gap_sentences:1,', ": ''"))),
     *(({'objective': f'gap_sentences:1,span_corruption{weight}'},
        f"objective='gap_sentences:1,span_corruption{weight}': the weight "

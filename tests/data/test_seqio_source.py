@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,13 @@ def make_options(**changes):
       128, 64, **{'global_block_size': 8, 'long_documents': 'pieces'} | changes)
 
 
+def settings(**changes):
+  """config.data, as far as tasks look at it."""
+  return types.SimpleNamespace(**{
+      'task': GAP, 'vocabulary': TINY, 'extra_ids': 100, 'tfds_name': '',
+      'tfds_dir': '', 'task_dir': '', 'on_bad_record': 'raise'} | changes)
+
+
 @pytest.fixture(scope='module')
 def tfds_dir(tmp_path_factory):
   return write_c4(tmp_path_factory.mktemp('tfds'), {
@@ -41,7 +49,7 @@ def tfds_dir(tmp_path_factory):
 
 @pytest.fixture
 def task(tfds_dir):
-  seqio_source.register_tasks(TINY, 100, 'c4/en:2.2.0', tfds_dir,
+  seqio_source.register_tasks(settings(tfds_dir=tfds_dir),
                               make_options(gap_sentences=RANKED))
   found = seqio_source.open_task(GAP)
   found._shuffle_buffer_size = 20  # Filling 1000 takes a second a time.
@@ -172,7 +180,7 @@ def test_vocabulary_with_sentinels_of_its_own(tmp_path, tfds_dir):
   file = tmp_path / 'm.model'
   file.write_bytes(Vocabulary(TINY, 100)._processor.serialized_model_proto())
   seqio_source.register_tasks(
-      str(file), 100, 'c4/en:2.2.0', tfds_dir, make_options())
+      settings(vocabulary=str(file), tfds_dir=tfds_dir), make_options())
   assert seqio_source.TaskVocabulary(seqio_source.open_task(GAP)).size == 500
   tasks.register_tasks()
 
@@ -211,7 +219,8 @@ def test_modules_that_cannot_be_imported(module, tmp_path, monkeypatch):
 def test_corpus_without_a_version(tfds_dir):
   with pytest.raises(DataError, match=r'data\.tfds_name=c4/en: TFDS name must '
                      'contain a version number, got: c4/en'):
-    seqio_source.register_tasks(TINY, 100, 'c4/en', tfds_dir, make_options())
+    seqio_source.register_tasks(
+        settings(tfds_name='c4/en', tfds_dir=tfds_dir), make_options())
   tasks.register_tasks()
 
 
@@ -228,10 +237,15 @@ def task_of_lines(name, *preprocessors):
   """A task that copies this file's lines, as bytes."""
   feature = seqio.Feature(seqio.ByteVocabulary())
   both = seqio.map_over_dataset(lambda line: {'inputs': line, 'targets': line})
+
+  def not_empty(data):
+    return data.filter(lambda line: tf.strings.length(line) > 0)
+
   return seqio.Task(
       name, seqio.TextLineDataSource({'train': __file__}),
       {'inputs': feature, 'targets': feature},
-      preprocessors=[both, seqio.preprocessors.tokenize, *preprocessors])
+      preprocessors=[not_empty, both, seqio.preprocessors.tokenize,
+                     *preprocessors])
 
 
 def test_preprocessor_with_a_state():
