@@ -28,10 +28,12 @@ import longt5_flax
 from longt5_flax.command_line import MISTAKES, one_line
 from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
+from longt5_flax.evaluator import make_evaluator
 from longt5_flax.inputs import make_inputs
 from longt5_flax.interop.orbax import checkpoint_steps
 from longt5_flax.samples import write_samples
 from longt5_flax.training import distributed, partitioning, run_config
+from longt5_flax.training.best import BestCheckpoint
 from longt5_flax.training.checkpoints import (
     Checkpoints,
     abstract_state,
@@ -77,6 +79,7 @@ def main(config, workdir):
   model = run_config.make_model(config)
   vocabulary, batches, held_out, corpus = make_inputs(
       config, model.config, rows, partitioning.row_shard(mesh, batch_size))
+  evaluator = make_evaluator(config, model, vocabulary, mesh)
 
   # --- Model, optimizer, state ------------------------------------------------
   schedule = make_schedule(**config.schedule, steps=config.steps)
@@ -90,9 +93,11 @@ def main(config, workdir):
   abstract = abstract_state(abstract, shardings)
 
   # --- Restore ----------------------------------------------------------------
-  values = run_config.resolved(config)
+  values = run_config.resolved(config) | {'vocabulary': vocabulary.fingerprint}
+  best = BestCheckpoint(workdir, config.eval.keep_best,
+                        max(checkpoint_steps(workdir), default=0))
   checkpoints, state, streams, notes = restore(
-      config, values, workdir, abstract, new_state, optimizer)
+      config, values, workdir, abstract, new_state, optimizer, best)
   if streams is not None:
     batches.set_state(streams)
   first_step = int(state.step)
@@ -119,6 +124,10 @@ def main(config, workdir):
                 jax.device_count())
   stop = StopRequest()
 
+  def is_decode(step):
+    every = config.eval.decode_every_steps
+    return evaluator and (step % every == 0 or step == config.steps)
+
   def finish(step, metrics):
     """Writes the metrics of a step, once the next one is on its way."""
     metrics = jax.device_get(metrics)
@@ -135,7 +144,13 @@ def main(config, workdir):
 
   with partitioning.active(mesh), batches:
     pending = None
+    if first_step and is_decode(first_step) and first_step not in best:
+      decode(evaluator, state.params, workdir, first_step, report, writer, best)
     for step in range(first_step + 1, config.steps + 1):
+      if best.is_over(config.eval.patience):
+        report.say(f'Ends at step {step - 1}: the best {config.eval.keep_best} '
+                   f'is of step {best.step}.')
+        break
       profile(config.profile, step - first_step, workdir)
       batch = partitioning.global_batch(
           mesh, rows, meter.take(batches), batch_size)
@@ -147,7 +162,8 @@ def main(config, workdir):
       is_last = step == config.steps or stopping
       is_eval = held_out and (step % config.eval.every_steps == 0
                               or step == config.steps)
-      is_save = is_last or step % config.checkpoint.every_steps == 0
+      is_save = (is_last or is_decode(step)  # Which may take long, or be best.
+                 or step % config.checkpoint.every_steps == 0)
       if is_eval or is_save:
         finish(*pending)
         pending = None
@@ -158,6 +174,8 @@ def main(config, workdir):
         if is_save:
           states = distributed.gather_states(batches.get_state())
           checkpoints.save(step, state, states, values)
+        if is_decode(step) and not stopping:  # Else the next start does it.
+          decode(evaluator, state.params, workdir, step, report, writer, best)
         meter.leave_out(time.perf_counter() - start)
       if stopping:
         break
@@ -180,7 +198,7 @@ def main(config, workdir):
   return 0
 
 
-def restore(config, values, workdir, abstract, new_state, optimizer):
+def restore(config, values, workdir, abstract, new_state, optimizer, best):
   """Where the run begins: its checkpoints, state, stream states (or None), and
   lines that say what was read.
 
@@ -196,7 +214,8 @@ def restore(config, values, workdir, abstract, new_state, optimizer):
         abstract.params)
   # Makes the folder, so only after all that can be refused.
   checkpoints = Checkpoints(
-      os.path.join(workdir, 'checkpoints'), config.checkpoint)
+      os.path.join(workdir, 'checkpoints'), config.checkpoint,
+      lambda: best.step)
   if latest is not None:
     check_same_run(checkpoints.config(latest), values, workdir)
     return checkpoints, *checkpoints.restore(latest, abstract), ()
@@ -223,6 +242,20 @@ def evaluate(eval_step, params, held_out, mesh, report, writer, step):
              f'accuracy {metrics["accuracy"]:.3f}')
   if writer:
     writer.write(step, 'validation', metrics)
+
+
+def decode(evaluator, params, workdir, step, report, writer, best):
+  """Writes predictions for the validation examples, and scores them."""
+  scores = evaluator(
+      params, os.path.join(workdir, 'eval', str(step)),
+      f'run:{workdir}/checkpoints/{step}', report, replace=True)
+  means = {name: score.mean for name, score in scores.items()}
+  report.say(f'step {step}  ' + '  '.join(
+      f'{name} {mean:.2f}' for name, mean in means.items()))
+  if writer:
+    writer.write(step, 'scores', means)
+  best.add(step, means[best.name or evaluator.main],
+           write=distributed.is_main())
 
 
 def profile(settings, step, workdir):
@@ -302,10 +335,11 @@ def say_what_next(report, workdir, config):
   report.say(
       f'Next:\n'
       f'  tensorboard --logdir={workdir}\n'
-      f'  {python} train.py {same} --config.steps={2 * config.steps}\n'
-      f'  {python} train.py --config=configs/tglobal_base.py '
-      '--config.data.source=jsonl --config.data.path=YOUR.jsonl.xz '
-      '--config.data.vocabulary=YOUR.model')
+      f'  {python} train.py {same} --config.steps={2 * config.steps}\n' + (
+          f'  {python} eval.py --workdir={workdir}' if config.eval.metric else
+          f'  {python} train.py --config=configs/tglobal_base.py '
+          '--config.data.source=jsonl --config.data.path=YOUR.jsonl.xz '
+          '--config.data.vocabulary=YOUR.model'))
 
 
 def run(argv):

@@ -26,8 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Parameters to start from; step and optimizer start anew. 'hf:DIR' is a
   # Hugging Face folder, 't5x:DIR' a T5X checkpoint (or its URL), 't5:DIR' a
   # T5.1.1 of either kind, 'orbax:DIR' and 'safetensors:FILE' what `convert`
-  # writes, 'run:WORKDIR' the newest checkpoint of another run. '' starts from
-  # the initialiser.
+  # writes, 'run:WORKDIR' the best checkpoint of another run (eval.keep_best) or
+  # its newest, 'run:WORKDIR/checkpoints/STEP' a certain one. '' starts from the
+  # initialiser.
   config.init_from = ''
 
   # The architecture: a preset ({local, tglobal, full, mlongt5}-{tiny, small,
@@ -212,14 +213,23 @@ def get_config() -> ml_collections.ConfigDict:
   # wrote in its place.
   config.eval.samples = 0
   config.eval.sample_length = 64  # Tokens that the model may write.
-  # rouge, rouge_stemmed, squad, trivia_qa, or a task of SCROLLS; '': the loss
-  # is all.
+  # What scores predictions for the examples of data.validation_path: rouge,
+  # rouge_stemmed, squad, trivia_qa, or a task of SCROLLS; '': the loss is all.
   config.eval.metric = ''
-  config.eval.decode_every_steps = 0  # Writing and scoring; 0: not in training.
+  # Predictions and scores in training, and at its end; 0: only by eval.py.
+  config.eval.decode_every_steps = 0
+  # In training, of the first so many examples; 0: of all, as eval.py's.
+  config.eval.max_examples = 0
+  config.eval.batch_size = 32  # Examples decoded at a time, over all devices.
   config.eval.num_beams = 1  # 1: greedy.
-  config.eval.max_decode_length = 512  # Tokens of a prediction, at most.
-  # The number that chooses the checkpoint to keep, '' for none; and how many
-  # evaluations it may fail to improve before training ends, 0: any.
+  config.eval.max_decode_length = 0  # In tokens; 0: data.targets_length.
+  # A beam's score is its log-probability / tokens ** length_penalty.
+  config.eval.length_penalty = 1.0
+  # No n-gram of this size occurs twice; 0: no such rule.
+  config.eval.no_repeat_ngram_size = 0
+  # The score, such as rougeLsum, whose best checkpoint is kept besides the
+  # newest ones; '': none. How many evaluations in turn may be no better before
+  # the run ends; 0: any number.
   config.eval.keep_best = ''
   config.eval.patience = 0
 

@@ -1,7 +1,8 @@
 """What commands share: from a config file and overrides to a config, and a
 mistake of a command line as one line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -45,13 +46,47 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
   Raises:
     ConfigError: the file cannot be read, or an override is wrong.
   """
-  values = flags.FlagValues()
   argv = ['', f'--config={path}', *overrides]
+  return _read(argv, lambda values: config_flags.DEFINE_config_file(
+      'config', lock_config=True, flag_values=values, sys_argv=argv))
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+  """A config, locked, with overrides as `read_config` takes them.
+
+  Raises:
+    ConfigError: an override is wrong.
+  """
+  argv = ['', *overrides]
+  return _read(argv, lambda values: config_flags.DEFINE_config_dict(
+      'config', config, lock_config=True, flag_values=values, sys_argv=argv))
+
+
+def _read(argv, define):
+  values = flags.FlagValues()
   try:
-    holder = config_flags.DEFINE_config_file(
-        'config', lock_config=True, flag_values=values, sys_argv=argv)
+    holder = define(values)
     values(argv)
     holder.value.lock()  # Raises what went wrong when the file was read.
     return holder.value
   except MISTAKES as error:
     raise ConfigError(one_line(error)) from None
+
+
+def recorded_config(base: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+  """The config that a run recorded.
+
+  Args:
+    base: with all keys and their defaults, which keys that the run did not
+      know yet keep.
+    values: of the record, nested; what has no place in a config is left out.
+  """
+  config = base.copy_and_resolve_references()
+  for name, value in values.items():
+    if name in config:
+      known = config[name]
+      if isinstance(known, ConfigDict):
+        config[name] = recorded_config(known, value)
+      else:
+        config[name] = tuple(value) if isinstance(value, list) else value
+  return config

@@ -1,17 +1,12 @@
 """Held-out gap sentences beside what the model writes for them."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from longt5_flax.data.vocabulary import Vocabulary
-from longt5_flax.generation.generate import generate, start_tokens
-from longt5_flax.generation.options import GenerationOptions
-from longt5_flax.model import decoding
+from longt5_flax.predictions import Predictor, writing_options
 
 # Tokens of the document shown on either side of the first mask.
 _CONTEXT = 48
@@ -30,24 +25,8 @@ class Sample(NamedTuple):
   written: str
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def _write(model, params, tokens, segment_ids, max_length):
-  config = model.config
-  options = GenerationOptions(
-      max_length=max_length + 1, eos_token_ids=(config.eos_token_id,),
-      pad_token_id=config.pad_token_id,
-      decoder_start_token_id=config.decoder_start_token_id)
-  encoded = model.apply(
-      {'params': params}, tokens, segment_ids, method='encode')
-  written = generate(
-      partial(decoding.step, model, params), decoding.reorder,
-      decoding.start(model, params, encoded, segment_ids, max_length),
-      start_tokens(len(tokens), options), options)
-  return written.sequences[:, 1:]
-
-
 def write_samples(
-    model: nn.Module, params: Any, batch: dict[str, np.ndarray],
+    model: Any, params: Any, batch: dict[str, np.ndarray],
     vocabulary: Vocabulary, mask_id: int, settings: Any, mesh: Mesh,
 ) -> list[Sample]:
   """Lets the model write what is masked in examples of a batch.
@@ -64,27 +43,18 @@ def write_samples(
     mesh: of the parameters.
   """
   chosen = _choose(batch, mask_id, settings)
-  rows = [row for row, _ in chosen]
-  segments = np.array([[segment] for _, segment in chosen])
-  segment_ids = (batch['encoder_segment_ids'][rows] == segments).astype(
-      np.int32)
-  tokens = batch['encoder_input_tokens'][rows] * segment_ids
-  is_target = batch['decoder_segment_ids'][rows] == segments
-  targets = batch['decoder_target_tokens'][rows]
-  whole = NamedSharding(mesh, PartitionSpec())
-
-  def everywhere(array):
-    return jax.make_array_from_callback(array.shape, whole, lambda i: array[i])
-
-  written = np.asarray(_write(model, params, everywhere(tokens),
-                              everywhere(segment_ids), settings.sample_length))
-  samples = []
-  for i, row in enumerate(tokens):
-    samples.append(Sample(
-        _context(row[segment_ids[i] > 0], mask_id, vocabulary),
-        vocabulary.decode(_text(targets[i][is_target[i]])),
-        vocabulary.decode(_text(written[i]))))
-  return samples
+  inputs, targets = ([
+      batch[f'{side}_tokens'][row][batch[f'{part}_segment_ids'][row] == segment]
+      for row, segment in chosen] for side, part in (
+          ('encoder_input', 'encoder'), ('decoder_target', 'decoder')))
+  predict = Predictor(
+      model, mesh, writing_options(model.config, settings.sample_length),
+      len(chosen))
+  written = predict(params, inputs, batch['encoder_input_tokens'].shape[1])
+  return [Sample(_context(ids, mask_id, vocabulary),
+                 vocabulary.decode(_text(target)),
+                 vocabulary.decode(_text(tokens)))
+          for ids, target, tokens in zip(inputs, targets, written, strict=True)]
 
 
 def _choose(batch, mask_id, settings):

@@ -13,10 +13,12 @@ import jaxtyping
 import pytest
 from absl import flags
 
+import eval as eval_command
 import runs
 import tiny_runs
 from configs import finetune
 from longt5_flax import convert, prepare
+from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.data.task_formats import CORPORA
 from longt5_flax.evaluation.metrics import METRICS, SCROLLS
@@ -119,7 +121,7 @@ def test_released_sizes(name, millions):
 
 
 @pytest.mark.parametrize('name', sorted(
-    set(CONFIGS) - {'c4', 'finetune', 'quickstart'}))
+    set(CONFIGS) - {'c4', 'finetune', 'quickstart', 'quickstart_finetune'}))
 def test_published_settings(name):
   config = load(name)
   if name != 'base':
@@ -207,11 +209,26 @@ def problem(words):
   else:
     if not (runs.ROOT / words[0]).is_file():
       return f'no file {words[0]}'
-    if words.pop(0) != 'train.py':
+    script = words.pop(0)
+    if script == 'eval.py':
+      return eval_problem(words)
+    if script != 'train.py':
       return None
     if not any(word.startswith('--config=') for word in words):
       return '--config is missing'
   return config_problem(words)
+
+
+def eval_problem(words):
+  if not words:  # The command's name, in a sentence.
+    return None
+  options, overrides = eval_command.make_parser().parse_known_args(words)
+  try:
+    config = read_config(options.config or 'configs/base.py', overrides)
+    run_config.check_config(config)
+  except ConfigError as error:
+    return str(error)
+  return None if options.workdir or options.checkpoint else 'no --workdir'
 
 
 def config_problem(words):
@@ -282,6 +299,9 @@ def test_there_are_commands_to_try():
     ('python trian.py', 'no file trian.py'),
     ('python -m longt5_flax.summarise x', 'no module longt5_flax.summarise'),
     ('python train.py', '--config is missing'),
+    ('python eval.py --workdir=x --config.eval.beams=4', "'beams'"),
+    ('python eval.py --workdri=x', 'workdri'),
+    ('python eval.py --config=configs/base.py', 'no --workdir'),
     ('python -m longt5_flax.convert --from hf:x', 'wrong arguments'),
     ('python -m longt5_flax.prepare --config=configs/base.py',
      'wrong arguments'),

@@ -164,10 +164,13 @@ class TaskVocabulary:
     size: number of ids.
     pad_id, eos_id: of the targets.
     files: that they are read from.
+    fingerprint: '', as a task keeps its vocabularies.
 
   Raises:
     DataError: they cannot be read.
   """
+
+  fingerprint = ''
 
   def __init__(self, task: Any):
     self._sides = [task.output_features[side].vocabulary

@@ -42,6 +42,11 @@ class Metric(NamedTuple):
       means[GEOMETRIC_MEAN] = math.prod(factors) ** (1 / len(factors))
     return means
 
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of `means`."""
+    return tuple(self.means(self.score([''], [['']])))
+
 
 GEOMETRIC_MEAN = 'geometric_mean'
 
@@ -104,13 +109,17 @@ SCROLLS = {
 
 
 def find_metric(name: str) -> Metric:
-  """The metric of a name.
+  """The metric of a name, of METRICS or a task of SCROLLS.
 
   Raises:
     ValueError: there is none.
   """
+  if name in SCROLLS:
+    metric, main = SCROLLS[name]
+    return METRICS[metric]._replace(main=main)
   if name not in METRICS:
-    raise ValueError(f'metric={name!r} must be one of {", ".join(METRICS)}.')
+    raise ValueError(
+        f'metric={name!r} must be one of {", ".join((*METRICS, *SCROLLS))}.')
   return METRICS[name]
 
 

@@ -7,6 +7,7 @@ unrolled layers, as any program with Orbax reads it.
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -29,6 +30,9 @@ from longt5_flax.interop.tensors import (
     tensor_names,
 )
 
+# Of a run's folder: what `read_scores` reads.
+BEST_FILE = 'best.json'
+
 
 def checkpoint_steps(workdir: str) -> list[int]:
   """The steps of a run's whole checkpoints; unlike Orbax's manager, makes no
@@ -38,24 +42,70 @@ def checkpoint_steps(workdir: str) -> list[int]:
       directory) else []
 
 
-def open_run(workdir: str) -> StoredTensors:
-  """The parameters of a run's newest checkpoint, without optimizer state.
-
-  Args:
-    workdir: the run's folder.
+def read_scores(workdir: str) -> tuple[str, dict[int, float]]:
+  """What a run knows of its evaluations: the name of the score whose best
+  checkpoint it keeps, '' for none, and a score for each step.
 
   Raises:
-    ConfigError: it has no whole checkpoint, or that cannot be read.
+    ConfigError: its file is damaged.
   """
-  steps = checkpoint_steps(workdir)
+  path = os.path.join(workdir, BEST_FILE)
+  if not os.path.exists(path):
+    return '', {}
+  record = read_json_object(path)
+  try:
+    return record['keep_best'], {
+        int(step): float(score) for step, score in record['scores'].items()}
+  except (KeyError, AttributeError, TypeError, ValueError):
+    raise WeightsError(f'{path}: must hold keep_best and scores.') from None
+
+
+def best_step(scores: Mapping[int, float]) -> int | None:
+  """The step of the highest score, the first of several; None of none."""
+  return max(sorted(scores), key=scores.__getitem__, default=None)
+
+
+def run_checkpoint(path: str) -> tuple[str, str]:
+  """The folder of a run's checkpoint, and a line that says which it is.
+
+  Args:
+    path: the run's folder: its best checkpoint, where it keeps one
+      (`eval.keep_best`), else the newest. Or a folder WORKDIR/checkpoints/STEP.
+
+  Raises:
+    ConfigError: there is no whole checkpoint.
+  """
+  parent, name = os.path.split(os.path.abspath(path))
+  if os.path.basename(parent) == 'checkpoints' and name.isdigit():
+    if int(name) not in checkpoint_steps(os.path.dirname(parent)):
+      raise WeightsError(f'{path}: no whole checkpoint.')
+    return path, f'{path}: a checkpoint of a run.'
+  steps = checkpoint_steps(path)
   if not steps:
-    raise WeightsError(
-        f'{workdir}: no checkpoint in {_checkpoints(workdir)}.')
-  directory = os.path.join(_checkpoints(workdir), str(max(steps)))
+    raise WeightsError(f'{path}: no checkpoint in {_checkpoints(path)}.')
+  chosen, what = max(steps), 'newest checkpoint'
+  score, scores = read_scores(path)
+  best = best_step({step: scores[step] for step in scores if step in steps})
+  if score and best is not None:
+    chosen, what = best, f'best checkpoint, by {score},'
+  directory = os.path.join(path, 'checkpoints', str(chosen))
+  return directory, f'{directory}: the {what} of the run.'
+
+
+def open_run(path: str) -> StoredTensors:
+  """The parameters of a run's checkpoint, without optimizer state.
+
+  Args:
+    path: see `run_checkpoint`.
+
+  Raises:
+    ConfigError: there is none, or it cannot be read.
+  """
+  directory, line = run_checkpoint(path)
+  directory = os.path.abspath(directory)
   values = read_json_object(os.path.join(directory, 'config', 'metadata'))
-  return _open(workdir, os.path.join(directory, 'state'), 'params',
-               LongT5Config.from_dict(values['model']),
-               f'{directory}: the newest checkpoint of the run.')
+  return _open(path, os.path.join(directory, 'state'), 'params',
+               LongT5Config.from_dict(values['model']), line)
 
 
 def open_orbax(directory: str) -> StoredTensors:

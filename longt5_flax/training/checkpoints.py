@@ -5,10 +5,12 @@ on disk, so that a killed run leaves whole checkpoints or none.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from longt5_flax.config import ConfigError
 
@@ -30,15 +32,22 @@ class Checkpoints:
   Args:
     directory: of the checkpoints, created by the first save.
     settings: `keep` and `keep_every_steps`.
+    best: gives the step of the best one so far, which is kept too.
   """
 
-  def __init__(self, directory: str, settings: Any):
+  def __init__(self, directory: str, settings: Any,
+               best: Callable[[], int | None] = lambda: None):
     self._directory = os.path.abspath(directory)
+    policies: list[Any] = [
+        checkpoint_managers.LatestN(settings.keep), _Best(best)]
+    if settings.keep_every_steps:
+      policies.append(
+          checkpoint_managers.EveryNSteps(settings.keep_every_steps))
     self._manager = ocp.CheckpointManager(
         self._directory,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep,
-            keep_period=settings.keep_every_steps or None,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                policies),
             enable_async_checkpointing=True),
         item_names=('state', 'streams', 'config'))
 
@@ -80,6 +89,18 @@ class Checkpoints:
     """Waits for the last checkpoint to be whole."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+  """Keeps one step, which changes."""
+
+  def __init__(self, step):
+    self._step = step
+
+  def should_preserve(self, checkpoints, *, context):
+    """Of each checkpoint, whether it is to stay."""
+    del context
+    return [checkpoint.step == self._step() for checkpoint in checkpoints]
 
 
 def check_same_run(saved: dict[str, Any], config: dict[str, Any],

@@ -33,7 +33,7 @@ class MetricsWriter:
     os.replace(part, self._path)
 
   def write(self, step: int, split: str, values: dict[str, Any]) -> None:
-    """Writes one line; `split` is 'train' or 'validation'."""
+    """Writes one line; `split` is 'train', 'validation' or 'scores'."""
     numbers = {name: _number(value) for name, value in values.items()
                if value is not None}
     line = {'step': step, 'split': split, **numbers}

@@ -1,7 +1,8 @@
 """What a person sees while a run goes on: step, loss, speed, time left."""
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from longt5_flax.training.flops import mfu, train_flops
+
+# Between lines about a task, where there is no bar.
+_QUIET_SECONDS = 30
 
 
 class Meter:
@@ -78,8 +82,73 @@ def _peak_memory():
   return stats.get('peak_bytes_in_use')
 
 
-class ProgressReport:
-  """A line every log step, and on a terminal a bar below the lines.
+class Report:
+  """Lines, and on a terminal bars below them. To be closed, or used in a
+  `with`.
+
+  Args:
+    enabled: False on all processes but one.
+  """
+
+  def __init__(self, enabled: bool):
+    self.console = Console(
+        quiet=not enabled, highlight=False, soft_wrap=True)
+    self._bars = Progress(
+        TextColumn('{task.description} {task.completed}/{task.total}'),
+        BarColumn(None), TextColumn('{task.fields[left]} left'),
+        console=self.console,
+        disable=not (enabled and self.console.is_terminal))
+    self._bars.start()
+
+  def say(self, text: str) -> None:
+    """Prints a line of its own."""
+    self.console.print(text, markup=False)
+
+  @contextlib.contextmanager
+  def task(self, name: str, total: int, done: int = 0
+           ) -> Iterator[Callable[[int], None]]:
+    """A bar for as long as the block runs; where there is no terminal, a line
+    now and then.
+
+    Args:
+      name: what is counted.
+      total: of it.
+      done: before the block.
+
+    Returns:
+      What to call with the number of those that are done anew.
+    """
+    bar = self._bars.add_task(name, total=total, completed=done, left='?')
+    start = said = time.monotonic()
+    count = done
+
+    def advance(more):
+      nonlocal count, said
+      count += more
+      now = time.monotonic()
+      left = _clock((now - start) / (count - done) * (total - count))
+      self._bars.update(bar, completed=count, left=left)
+      if not self.console.is_terminal and now - said > _QUIET_SECONDS:
+        said = now
+        self.say(f'{name} {count}/{total}  {left} left')
+
+    try:
+      yield advance
+    finally:
+      self._bars.remove_task(bar)
+
+  def close(self) -> None:
+    self._bars.stop()
+
+  def __enter__(self) -> 'Report':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+
+class ProgressReport(Report):
+  """A line every log step, and a bar of steps.
 
   Args:
     total_steps: of the whole run.
@@ -88,19 +157,13 @@ class ProgressReport:
   """
 
   def __init__(self, total_steps: int, first_step: int, enabled: bool):
-    self.console = Console(
-        quiet=not enabled, highlight=False, soft_wrap=True)
+    super().__init__(enabled)
     self._total = total_steps
-    self._bar = Progress(
-        TextColumn('step {task.completed}/{task.total}'), BarColumn(None),
-        TextColumn('{task.fields[left]} left'), console=self.console,
-        disable=not (enabled and self.console.is_terminal))
-    self._task = self._bar.add_task(
-        '', total=total_steps, completed=first_step, left='?')
-    self._bar.start()
+    self._steps = self._bars.add_task(
+        'step', total=total_steps, completed=first_step, left='?')
 
   def advance(self, step: int) -> None:
-    self._bar.update(self._task, completed=step)
+    self._bars.update(self._steps, completed=step)
 
   def line(self, step: int, metrics: dict[str, Any],
            rates: dict[str, Any]) -> None:
@@ -113,14 +176,7 @@ class ProgressReport:
     if rates['mfu'] is not None:
       text += f'MFU {rates["mfu"]:.1%}  '
     self.console.print(text + f'{_clock(left)} left')
-    self._bar.update(self._task, left=_clock(left))
-
-  def say(self, text: str) -> None:
-    """Prints a line of its own."""
-    self.console.print(text, markup=False)
-
-  def close(self) -> None:
-    self._bar.stop()
+    self._bars.update(self._steps, left=_clock(left))
 
 
 def _clock(seconds):

@@ -29,11 +29,13 @@ _AT_LEAST_ONE = (
     'data.batch_size', 'optimizer.microbatches',
     'optimizer.min_dim_size_to_factor', 'checkpoint.every_steps',
     'checkpoint.keep', 'eval.every_steps', 'eval.sample_length',
-    'profile.first_step')
+    'eval.batch_size', 'profile.first_step')
 _AT_LEAST_ZERO = (
     'data.workers', 'data.extra_ids', 'checkpoint.keep_every_steps',
-    'eval.max_batches', 'eval.samples', 'profile.num_steps', 'loss.z_loss',
-    'loss.chunk_mib', 'optimizer.clip_global_norm', 'optimizer.weight_decay')
+    'eval.max_batches', 'eval.samples', 'eval.decode_every_steps',
+    'eval.max_examples', 'eval.max_decode_length', 'eval.patience',
+    'profile.num_steps', 'loss.z_loss', 'loss.chunk_mib',
+    'optimizer.clip_global_norm', 'optimizer.weight_decay')
 _ABOVE_ZERO = ('optimizer.eps', 'optimizer.clipping_threshold')
 _BELOW_ONE = (
     'loss.label_smoothing', 'optimizer.decay_rate', 'optimizer.b1',
@@ -57,11 +59,12 @@ def model_config(settings: Any) -> LongT5Config:
   return LongT5Config.preset(settings.preset, **fields)
 
 
-def make_model(config: Any) -> LongT5ForConditionalGeneration:
-  """The model of a run."""
+def make_model(config: Any, architecture: LongT5Config | None = None
+               ) -> LongT5ForConditionalGeneration:
+  """The model of a run, or another one with its `precision`."""
   precision = config.precision
   return LongT5ForConditionalGeneration(
-      model_config(config.model), jnp.dtype(precision.dtype),
+      architecture or model_config(config.model), jnp.dtype(precision.dtype),
       precision.scan_layers, precision.remat, precision.attention)
 
 

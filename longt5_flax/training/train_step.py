@@ -36,9 +36,14 @@ def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
   """The state before the first step; parameters depend on the seed alone."""
-  tokens = jnp.ones((1, 1), jnp.int32)
-  params = model.init(named_key(seed, 'params'), tokens, tokens)['params']
+  params = init_params(model, seed)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def init_params(model: nn.Module, seed: int) -> Any:
+  """A model's parameters before the first step."""
+  tokens = jnp.ones((1, 1), jnp.int32)
+  return model.init(named_key(seed, 'params'), tokens, tokens)['params']
 
 
 def named_key(seed: int, name: str) -> Array:

@@ -1,0 +1,266 @@
+"""eval.py: real processes, killed and started again; what it writes; mistakes
+of a user."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+
+import jax.numpy as jnp
+import pytest
+
+import eval as command
+import golden
+import runs
+import tiny_runs
+from longt5_flax import (
+    LongT5ForConditionalGeneration,
+    compare,
+    convert,
+    evaluator,
+)
+from longt5_flax.evaluation import bootstrap
+from longt5_flax.evaluation.metrics import METRICS, SCROLLS
+from longt5_flax.interop.orbax import save_orbax
+from longt5_flax.training import run_config
+
+EXAMPLES, BATCH = 50, 2
+SETTINGS = {
+    'model.num_layers': 1, 'model.d_model': 32, 'model.d_ff': 64,
+    'data.objective': 'supervised', 'data.inputs_length': 256,
+    'data.targets_length': 96,
+    'data.vocabulary': f'{runs.ROOT}/corpus/vocabulary.model',
+    'eval.metric': 'rouge', 'eval.batch_size': BATCH, 'eval.num_beams': 2}
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  """KIND:PATH of a tiny model that writes something, of any length."""
+  config = run_config.model_config(tiny_runs.tiny(SETTINGS).model)
+  tokens = jnp.ones((1, 1), jnp.int32)
+  folder = tmp_path_factory.mktemp('weights') / 'model'
+  save_orbax(str(folder), golden.random_params(
+      LongT5ForConditionalGeneration(config), tokens, tokens), config)
+  return f'orbax:{folder}'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  """A number of examples that batches do not divide, of many lengths."""
+  path = tmp_path_factory.mktemp('data') / 'examples.jsonl'
+  path.write_text(''.join(json.dumps({
+      'id': f'example {i}', 'inputs': 'He went to the sea. ' * (1 + i % 40),
+      'targets': 'The sea .', 'references': ['The sea .', 'A sea .']}) + '\n'
+                          for i in range(EXAMPLES + 1)))
+  return path
+
+
+def arguments(weights, data, workdir, **settings):
+  """After `python eval.py`; keys of settings have dots as `__`."""
+  settings = SETTINGS | {'data.validation_path': data} | {
+      key.replace('__', '.'): value for key, value in settings.items()}
+  return ['--config=configs/quickstart.py', f'--checkpoint={weights}',
+          f'--workdir={workdir}', *(f'--config.{key}={value}'
+                                    for key, value in settings.items())]
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_a_killed_evaluation_goes_on(devices, weights, data, tmp_path, cache):
+  def start(workdir):
+    return runs.start(
+        [sys.executable, 'eval.py', *arguments(weights, data, workdir)], cache,
+        JAX_NUM_CPU_DEVICES=str(devices))
+
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  runs.finish(start(whole))
+  process = start(killed)
+  partial = killed / 'eval' / '0' / 'partial.jsonl'
+  while not partial.exists() or partial.read_bytes().count(b'\n') < 4:
+    assert process.poll() is None, process.stdout.read()
+    time.sleep(0.002)
+  process.kill()
+  runs.finish(process, code=-signal.SIGKILL)
+  done = partial.read_bytes().count(b'\n') - 1
+  assert 3 <= done < EXAMPLES // BATCH
+  with open(partial, 'a') as file:
+    file.write('["cut in ha')
+  output = runs.finish(start(killed))
+  assert f'{BATCH * done} of {EXAMPLES + 1} were decoded before' in output
+  for name in ('predictions.jsonl', 'scores.json'):
+    assert (killed / 'eval' / '0' / name).read_bytes() == (
+        whole / 'eval' / '0' / name).read_bytes()
+  assert not partial.exists()
+
+
+def evaluate(capsys, *argv):
+  """(exit code, what eval.py printed), in this process."""
+  code = command.run(argv)
+  captured = capsys.readouterr()
+  return code, captured.out + captured.err
+
+
+@pytest.fixture(scope='module')
+def finished(weights, data, tmp_path_factory, cache):
+  """A workdir with the evaluation of 5 examples."""
+  workdir = tmp_path_factory.mktemp('finished') / 'workdir'
+  with tiny_runs.cheap_compilation(cache):
+    assert command.run(arguments(
+        weights, data, workdir, eval__max_examples=5)) == 0
+    yield workdir
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+  """Its folder, to work on."""
+  shutil.copytree(finished, tmp_path / 'workdir')
+  return tmp_path / 'workdir' / 'eval' / '0'
+
+
+def test_files_say_what_was_done(weights, data, done):
+  scores = json.loads((done / 'scores.json').read_text('utf-8'))
+  lines = [json.loads(line) for line in
+           (done / 'predictions.jsonl').read_text('utf-8').splitlines()]
+  assert [line['id'] for line in lines] == [f'example {i}' for i in range(5)]
+  assert all(line['references'] == ['The sea .', 'A sea .'] for line in lines)
+  expected = bootstrap.intervals(METRICS['rouge'], METRICS['rouge'].score(
+      [line['prediction'] for line in lines],
+      [line['references'] for line in lines]))
+  assert scores['scores'] == {
+      name: interval._asdict() for name, interval in expected.items()}
+  assert (scores['checkpoint'], scores['path'], scores['main'],
+          scores['examples']) == (weights, str(data), 'rougeLsum', 5)
+  assert scores['decoding']['num_beams'] == 2
+  assert compare.compare(*[str(done / 'predictions.jsonl')] * 2, 'rouge')
+
+
+def test_what_is_there_is_not_decoded_again(
+    weights, data, done, capsys, monkeypatch):
+  """Another metric scores it again; other settings start anew."""
+  before = (done / 'predictions.jsonl').read_bytes()
+  same = arguments(weights, data, done.parents[1], eval__max_examples=5)
+  with monkeypatch.context() as patch:
+    patch.delattr(evaluator.Predictor, '__call__')
+    code, output = evaluate(capsys, *same, '--config.eval.metric=squad')
+  assert code == 0
+  assert 'predictions.jsonl is there already.' in output
+  assert (done / 'predictions.jsonl').read_bytes() == before
+  assert json.loads((done / 'scores.json').read_text())['main'] == 'f1'
+  code, output = evaluate(capsys, *same, '--config.eval.num_beams=1')
+  assert code == 0
+  assert ('held predictions of num_beams=2, not 1: starting anew.'
+          in ' '.join(output.split()))
+  assert (done / 'predictions.jsonl').read_bytes() != before
+
+
+def test_predictions_of_something_else_stay(
+    weights, data, done, tmp_path, capsys):
+  before = {path: path.read_bytes() for path in done.iterdir()}
+  other = tmp_path / 'other.jsonl'
+  other.write_text(data.read_text().replace('He', 'She'))
+  code, output = evaluate(capsys, *arguments(weights, other, done.parents[1]))
+  assert code == 2
+  assert (f'error: {done} holds predictions of other data: choose another '
+          '--workdir, or move it away.\n') in output
+  (done / 'scores.json').rename(tmp_path / 'scores.json')
+  code, output = evaluate(capsys, *arguments(weights, data, done.parents[1]))
+  assert code == 2
+  assert (f'error: {done}/predictions.jsonl has no scores.json that says what '
+          'it is of: move it away, or choose another --workdir.\n') in output
+  (tmp_path / 'scores.json').rename(done / 'scores.json')
+  assert {path: path.read_bytes() for path in done.iterdir()} == before
+
+
+def test_other_formats_write_the_same(weights, data, done, tmp_path, capsys):
+  """The architecture is the checkpoint's, whatever the config says."""
+  converted = tmp_path / 'converted'
+  assert convert.main([f'--from={weights}', f'--to=hf:{converted}']) == 0
+  argv = arguments(f'hf:{converted}', data, tmp_path / 'theirs',
+                   eval__max_examples=5)
+  code, output = evaluate(capsys, *(
+      word for word in argv if not word.startswith('--config.model.')))
+  assert code == 0, output
+  theirs = tmp_path / 'theirs' / 'eval' / '0'
+  assert (theirs / 'predictions.jsonl').read_bytes() == (
+      done / 'predictions.jsonl').read_bytes()
+
+
+RUN = '--workdir={run}'
+MISTAKES = {
+    'nothing named': (
+        [], '--workdir=DIR is missing: the folder of a run, or with '
+        '--checkpoint=KIND:PATH a folder for the results.'),
+    'no checkpoint': (
+        ['--workdir={tmp}'], '{tmp}: no checkpoint in {tmp}/checkpoints.'),
+    'no such step': (
+        ['--checkpoint=run:{run}/checkpoints/7'],
+        '{run}/checkpoints/7: no whole checkpoint.'),
+    'no such kind': (
+        ['--checkpoint=tf:x', RUN], "'tf:x' must be one of hf:DIR_OR_FILE, "
+        't5x:DIR_OR_URL, t5:DIR_OR_URL, orbax:DIR, run:WORKDIR, '
+        'safetensors:FILE, or the path of a Hugging Face folder on disk.'),
+    'no folder for the results': (
+        ['--checkpoint={weights}'],
+        '--workdir=DIR is missing: a folder for the results.'),
+    'no config': (
+        ['--checkpoint={weights}', RUN], '--config=FILE is missing: {weights} '
+        'is of no run that would bring its own.'),
+    'no metric': (
+        [RUN, '--config.eval.metric='], "eval.metric='' must be one of "
+        + ', '.join((*METRICS, *SCROLLS)) + '.'),
+    'no such key': (
+        [RUN, '--config.eval.beams=4'], "no key 'beams'"),
+    'no such argument': ([RUN, '--beams=4'], "unknown argument '--beams=4'."),
+    'no data': (
+        [RUN, '--config.data.validation_path='],
+        'data.validation_path is empty: it must name the examples to decode.'),
+    'no vocabulary': (
+        [RUN, '--config.data.vocabulary='],
+        'data.vocabulary is empty: it must name a SentencePiece model.'),
+    'a larger vocabulary': (
+        [RUN, '--config.data.extra_ids=100'], 'data.vocabulary has 4100 ids '
+        'with its sentinels, more than model.vocab_size=4096: raise that, or '
+        'lower data.extra_ids.'),
+    'another vocabulary': (
+        [RUN, '--config.data.extra_ids=90'],
+        f'data.vocabulary={runs.ROOT}/corpus/vocabulary.model with '
+        'data.extra_ids=90 is not the vocabulary that the checkpoint was '
+        f'trained with, {runs.ROOT}/corpus/vocabulary.model with 0.'),
+    'an empty list of references': (
+        [RUN, '--config.data.validation_path={tmp}/empty.jsonl'],
+        "{tmp}/empty.jsonl:2: field 'references' is an empty list"),
+    'inputs that are too long': (
+        [RUN, '--config.data.inputs_length=50',
+         '--config.data.long_inputs=refuse'], '35 inputs of {data} have more '
+        "than inputs_length=50 tokens, and long_inputs='refuse'"),
+}
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory, cache):
+  """A run with one checkpoint."""
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
+  with tiny_runs.cheap_compilation(cache), tiny_runs.own_signals():
+    tiny_runs.run(workdir, {
+        key: value for key, value in SETTINGS.items() if key != 'eval.metric'
+    } | {'steps': 1, 'data.path': data, 'data.packing': False,
+         'data.inputs_length': 64, 'data.targets_length': 8})
+  return workdir
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_are_one_line(
+    name, trained, weights, data, tmp_path, capsys):
+  lines = data.read_text().splitlines()
+  (tmp_path / 'empty.jsonl').write_text('\n'.join(
+      [lines[0], json.dumps(json.loads(lines[1]) | {'references': []})]))
+  before = sorted(trained.iterdir())
+  names = {'tmp': tmp_path, 'run': trained, 'weights': weights, 'data': data}
+  words, message = MISTAKES[name]
+  words = ['--config.eval.metric=rouge', '--config.data.validation_path={data}',
+           *words]
+  code, output = evaluate(capsys, *(word.format(**names) for word in words))
+  assert code == 2
+  assert output.startswith('error: ' + message.format(**names))
+  assert output.count('\n') == 1
+  assert sorted(trained.iterdir()) == before

@@ -1,0 +1,87 @@
+"""The README's fine-tuning, command by command, at a smaller size: from the
+quickstart's checkpoint to scores on real meetings."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import eval as eval_command
+import runs
+import tiny_runs
+import train
+from longt5_flax import compare
+from longt5_flax.interop.open import open_tensors
+from longt5_flax.training import partitioning
+
+PRETRAIN = 'train.py --config=configs/quickstart.py'
+FINETUNE = 'train.py --config=configs/quickstart_finetune.py'
+EVALUATE = ('eval.py --workdir=runs/quickstart_finetune '
+            '--config.eval.num_beams=4')
+# A layer of 32 features, and few steps.
+MODEL = {'model.num_layers': 1, 'model.d_model': 32, 'model.d_ff': 64}
+SMALLER = {
+    PRETRAIN: MODEL | {'steps': 1, 'schedule.warmup_steps': 0,
+                       'data.inputs_length': 64,
+                       'data.targets_length': 24, 'eval.samples': 0,
+                       'data.path': 'corpus/validation.jsonl.xz',
+                       'data.validation_path': ''},
+    FINETUNE: MODEL | {'steps': 4, 'data.inputs_length': 160,
+                       'data.targets_length': 24, 'eval.decode_every_steps': 2},
+    EVALUATE: {},
+}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, cache):
+  """Where the commands have been run, one after the other."""
+  folder = tmp_path_factory.mktemp('walkthrough')
+  for name in ('configs', 'corpus', 'tests'):
+    (folder / name).symlink_to(runs.ROOT / name)
+  with (pytest.MonkeyPatch.context() as patch, tiny_runs.own_signals(),
+        tiny_runs.cheap_compilation(cache)):
+    patch.chdir(folder)
+    make_mesh = partitioning.make_mesh
+    patch.setattr(partitioning, 'make_mesh', lambda sizes, devices: make_mesh(
+        sizes, devices[:1]))  # Of several, compilation takes longer.
+    for command, overrides in SMALLER.items():
+      script, *argv = shlex.split(command)
+      argv += [f'--config.{key}={value}' for key, value in overrides.items()]
+      if script == 'eval.py':
+        assert eval_command.run(argv) == 0
+      else:
+        patch.setattr('sys.argv', [script, *argv])
+        config, rest = tiny_runs.parse(*argv)
+        assert not rest
+        name = shlex.split(command)[1].rpartition('/')[2].removesuffix('.py')
+        assert train.main(config, f'runs/{name}') == 0
+  return folder
+
+
+def test_fine_tuning_starts_from_the_quickstart(folder):
+  record = json.loads(
+      (folder / 'runs/quickstart_finetune/config.json').read_text('utf-8'))
+  assert record['init_from'] == 'run:runs/quickstart'
+  started, ended = (open_tensors(f'run:{folder}/runs/{name}') for name in (
+      'quickstart', 'quickstart_finetune'))
+  name = 'encoder/layers_0/attention/query/kernel'
+  moved = np.linalg.norm(ended.read(name) - started.read(name))
+  assert 0 < moved < 0.2 * np.linalg.norm(started.read(name))
+
+
+def test_evaluation_is_of_the_best_checkpoint(folder):
+  workdir = folder / 'runs/quickstart_finetune'
+  best = json.loads((workdir / 'best.json').read_text('utf-8'))
+  assert best['scores'].keys() == {'2', '4'}
+  results = workdir / 'eval' / str(best['best'])
+  scores = json.loads((results / 'scores.json').read_text('utf-8'))
+  assert scores['decoding']['num_beams'] == 4
+  assert scores['main'] == 'geometric_mean'
+  assert scores['cut_inputs'] == scores['examples'] == 5
+  predictions = compare.read_predictions(str(results / 'predictions.jsonl'))
+  assert next(iter(predictions)) == 'qmsum-val-Bed002-g0'
+  [other] = {'2', '4'} - {str(best['best'])}
+  assert compare.read_predictions(
+      str(workdir / 'eval' / other / 'predictions.jsonl')
+      ).keys() == predictions.keys()
