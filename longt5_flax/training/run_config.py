@@ -126,8 +126,9 @@ def check_batch(config: Any, row_parts: int) -> None:
         f'= {row_parts} times optimizer.microbatches={microbatches}.')
 
 
-def check_vocabulary(vocabulary: Any, model: LongT5Config,
-                     name: str = 'data.vocabulary') -> None:
+def check_vocabulary(
+    vocabulary: Any, model: LongT5Config, name: str = 'data.vocabulary',
+    remedy: str = 'raise that, or lower data.extra_ids.') -> None:
   """Refuses a vocabulary of other special ids, or one that the embedding has
   no rows for.
 
@@ -135,6 +136,7 @@ def check_vocabulary(vocabulary: Any, model: LongT5Config,
     vocabulary: with `size`, `pad_id` and `eos_id`.
     model: the architecture.
     name: of the vocabulary, for messages.
+    remedy: what to do about one that is too large, for messages.
   """
   for theirs, ours in (('pad_id', 'pad_token_id'), ('eos_id', 'eos_token_id')):
     if getattr(vocabulary, theirs) != getattr(model, ours):
@@ -144,8 +146,7 @@ def check_vocabulary(vocabulary: Any, model: LongT5Config,
   if vocabulary.size > model.vocab_size:
     raise ConfigError(
         f'{name} has {vocabulary.size} ids with its sentinels, more '
-        f'than model.vocab_size={model.vocab_size}: raise that, or lower '
-        'data.extra_ids.')
+        f'than model.vocab_size={model.vocab_size}: {remedy}')
 
 
 def _value(config, name):
