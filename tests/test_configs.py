@@ -15,7 +15,7 @@ from absl import flags
 
 import runs
 import tiny_runs
-from longt5_flax import compare, convert, prepare, summarize
+from longt5_flax import compare, convert, prepare, report, summarize
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.sweep_plan import read_plan
 from longt5_flax.training import partitioning, run_config
@@ -26,7 +26,7 @@ from longt5_flax.training.train_step import init_state, make_train_step
 # Of commands that take no config.
 PARSERS = {f'longt5_flax.{command}': module.make_parser
            for command, module in {
-               'compare': compare, 'convert': convert,
+               'compare': compare, 'convert': convert, 'report': report,
                'summarize': summarize}.items()}
 CONFIGS = sorted(path.stem for path in (runs.ROOT / 'configs').glob('*.py'))
 BATCH = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions',
