@@ -44,16 +44,19 @@ _VOCABULARY = 'spiece.model'
 
 
 def run_settings(spec: str) -> dict[str, Any]:
-  """`data` of a run's config.json; of another checkpoint nothing.
+  """What the config.json of a run says of its `data`, and `fingerprint`, that
+  of its vocabulary, if it does; of another checkpoint nothing.
 
   Raises:
     ConfigError: `spec` is no checkpoint's name, or the file is damaged.
   """
   kind, path = split_spec(spec)
-  config = os.path.join(path, 'config.json')
-  if kind != 'run' or not os.path.isfile(config):
-    return {}
-  return read_json_object(config).get('data', {})
+  for folder in (path, os.path.join(path, '..', '..')):  # Of checkpoints/STEP.
+    config = os.path.join(folder, 'config.json')
+    if kind == 'run' and os.path.isfile(config):
+      values = read_json_object(config)
+      return values.get('data', {}) | {'fingerprint': values.get('vocabulary')}
+  return {}
 
 
 def open_tokenizer(spec: str, given: str | None, run: dict[str, Any],
@@ -76,7 +79,7 @@ def open_tokenizer(spec: str, given: str | None, run: dict[str, Any],
     raise ConfigError(f'{spec}: there is no vocabulary {path}; name it with '
                       '--vocabulary.')
   if os.path.isfile(own) and not filecmp.cmp(path, own, shallow=False):
-    raise ConfigError(f"--vocabulary={given} is not the checkpoint's own, "
+    raise ConfigError(f"The vocabulary {path} is not the checkpoint's own, "
                       f'{own}.')
   if 'extra_ids' not in run and os.path.basename(path) == _VOCABULARY:
     tokenizer = Tokenizer.from_pretrained(
@@ -86,6 +89,10 @@ def open_tokenizer(spec: str, given: str | None, run: dict[str, Any],
     tokenizer = Tokenizer(path, run.get('extra_ids', 0))
   check_vocabulary(tokenizer.vocabulary, model, f'The vocabulary {path}',
                    'it is that of another model.')
+  if run.get('fingerprint') not in (
+      None, '', tokenizer.vocabulary.fingerprint):
+    raise ConfigError(
+        f'The vocabulary {path} is not the one that {spec} was trained with.')
   return tokenizer
 
 

@@ -171,15 +171,15 @@ def test_standard_input_and_beams(capsys, folder, texts, monkeypatch):
   assert greedy['summary'] != expected['summary']
 
 
-class Terminal(io.StringIO):
+class Output(io.StringIO):
   """Remembers what was written at a time."""
 
-  def __init__(self):
+  def __init__(self, is_terminal):
     super().__init__()
-    self.parts = []
+    self.is_terminal, self.parts = is_terminal, []
 
   def isatty(self):
-    return True
+    return self.is_terminal
 
   def write(self, text):
     self.parts.append(text)
@@ -187,18 +187,18 @@ class Terminal(io.StringIO):
 
 
 def test_streams_to_a_terminal(capsys, folder, texts, monkeypatch):
-  """Token by token; beams and JSON as a whole."""
-  parts = {}
-  for rest in (('--on_long=chunk',), ('--num_beams=2',), ('--json',)):
-    plain = output(capsys, folder, texts[1], *rest).out
+  """Token by token; beams, JSON, and all that goes elsewhere, as a whole."""
+  for option, is_terminal, is_streamed in (
+      ('--on_long=chunk', True, True), ('--on_long=chunk', False, False),
+      ('--num_beams=2', True, False), ('--json', True, False)):
+    plain = output(capsys, folder, texts[1], option).out
     with monkeypatch.context() as patch:
-      terminal = Terminal()
-      patch.setattr('sys.stdout', terminal)
-      assert summarize.main(arguments(folder, texts[1], *rest)) == 0
-    assert terminal.getvalue() == plain
-    parts[rest[0]] = len([part for part in terminal.parts if part.strip()])
-  assert parts['--on_long=chunk'] > 30
-  assert parts['--num_beams=2'] == parts['--json'] == 1
+      out = Output(is_terminal)
+      patch.setattr('sys.stdout', out)
+      assert summarize.main(arguments(folder, texts[1], option)) == 0
+    assert out.getvalue() == plain
+    parts = [part for part in out.parts if part.strip()]
+    assert len(parts) > 30 if is_streamed else len(parts) == 1
 
 
 def test_half_a_character_waits():
@@ -246,7 +246,8 @@ def run(folder, tmp_path_factory):
       'data.extra_ids': 7, 'data.inputs_length': 100, 'data.targets_length': 5})
   workdir = tmp_path_factory.mktemp('run')
   model = FlaxLongT5ForConditionalGeneration.from_pretrained(str(folder))
-  values = run_config.resolved(config)
+  values = run_config.resolved(config) | {
+      'vocabulary': Tokenizer(MODEL, 7).vocabulary.fingerprint}
   run_config.write_config(str(workdir), values, 'test')
   checkpoints = Checkpoints(str(workdir / 'checkpoints'), config.checkpoint)
   checkpoints.save(3, TrainState(jnp.asarray(3), model.params, {}), {},
@@ -342,4 +343,18 @@ def test_vocabularies(capsys, folder, run, texts, tmp_path):
   workdir, own = run
   assert refused(capsys, f'--checkpoint=run:{workdir}', texts[0],
                  f'--vocabulary={large}') == (
-      f"error: --vocabulary={large} is not the checkpoint's own, {own}.")
+      f"error: The vocabulary {large} is not the checkpoint's own, {own}.")
+  moved = tmp_path / 'moved'
+  shutil.copytree(workdir, moved)
+  config = json.loads((moved / 'config.json').read_text())
+  config['data'] |= {'vocabulary': 'gone.model', 'extra_ids': 8}
+  (moved / 'config.json').write_text(json.dumps(config))
+  assert refused(capsys, f'--checkpoint=run:{moved}', texts[0]) == (
+      f'error: run:{moved}: there is no vocabulary gone.model; name it with '
+      '--vocabulary.')
+  assert refused(capsys, f'--checkpoint=run:{moved}', texts[0],
+                 f'--vocabulary={own}') == (
+      f'error: The vocabulary {own} is not the one that run:{moved} was '
+      'trained with.')
+  assert summarize.run_settings(f'run:{moved}/checkpoints/3') == (
+      summarize.run_settings(f'run:{moved}'))
