@@ -65,7 +65,8 @@ summary { cursor: pointer; }
   .wide { overflow: visible; }
   table { font-size: 8pt; }
   .figures { grid-template-columns: 1fr 1fr; }
-  tr, h2, h3 { break-inside: avoid; break-after: avoid; }
+  tr, .texts div { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
 }
 '''
 # Settings that decide what a loss is of.
