@@ -97,8 +97,7 @@ def figures(runs: Sequence[Run]) -> dict[str, list[Figure]]:
       Figure('train_loss', 'Training loss', _draw_train_loss, runs),
       Figure('held_out_loss', 'Held-out loss', _draw_held_out_loss, runs)]
   names = list(dict.fromkeys(
-      name for run in runs for it in run.evaluations[-1:] for name in it.scores
-  ))
+      name for run in runs if run.evaluation for name in run.evaluation.scores))
   several = any(len(run.evaluations) > 1 for run in runs)
   found = {
       'loss': curves,
@@ -175,15 +174,13 @@ def _line_drawer(key):
 
 def _score_drawer(name):
   def draw(axes, runs):
-    """The newest evaluation of each run: mean and interval."""
+    """Mean and interval."""
     for i, run in enumerate(runs):
-      for it in run.evaluations[-1:]:
-        if name in it.scores:
-          score = it.scores[name]
-          style = line_style(i)
-          axes.plot([score['low'], score['high']], [i, i], linewidth=2.5,
-                    solid_capstyle='butt', **style)
-          axes.plot(score['mean'], i, 'o', color=style['color'])
+      if run.evaluation and name in run.evaluation.scores:
+        score, style = run.evaluation.scores[name], line_style(i)
+        axes.plot([score['low'], score['high']], [i, i], linewidth=2.5,
+                  solid_capstyle='butt', **style)
+        axes.plot(score['mean'], i, 'o', color=style['color'])
     axes.set(yticks=range(len(runs)),
              yticklabels=map(letter, range(len(runs))),
              ylim=(len(runs) - 0.5, -0.5))

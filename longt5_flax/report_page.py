@@ -219,35 +219,27 @@ def _about_loss(settings):
 
 
 def _scores(runs):
-  evaluated = [(i, run.evaluations[-1]) for i, run in enumerate(runs)
-               if run.evaluations]
+  evaluated = [(i, run.evaluation) for i, run in enumerate(runs)
+               if run.evaluation]
   if not evaluated:
     return _note('No run has an eval/STEP/scores.json: eval.py writes it.')
   names = list(dict.fromkeys(name for _, it in evaluated for name in it.scores))
   rows = [[
       _run(runs, i), f'{it.step:,}', _escape(it.record.get('metric', '')),
-      _escape(it.record.get('examples', len(it.predictions))), _decoding(it),
+      _escape(it.record.get('examples', len(it.predictions))),
+      _escape(it.decoding.get('num_beams', '')),
       *(_score(it.scores.get(name)) for name in names)]
           for i, it in evaluated]
-  note = 'Mean of all examples and its 95 % bootstrap interval.'
+  note = ('Mean of all examples and its 95 % bootstrap interval; of the best '
+          'checkpoint where a run has kept it, else of the last evaluation.')
   # Of whatever evaluation says of its data, only that it differs counts.
   data = {json.dumps([it.record.get('data'), it.record.get('examples')])
           for _, it in evaluated}
   if len(data) > 1:
     note += (' <strong>Not all runs were scored on the same examples.'
              '</strong>')
-  return _table(['run', 'step', 'metric', 'examples', 'decoding',
+  return _table(['run', 'step', 'metric', 'examples', 'beams',
                  *map(_escape, names)], rows) + _note(note)
-
-
-def _decoding(evaluation):
-  """Settings of decoding in a few words."""
-  settings = evaluation.record.get('decoding')
-  if not isinstance(settings, dict):
-    return ''
-  return '<span class="code">' + '<br>'.join(
-      _escape(f'{name}={value}') for name, value in settings.items()
-  ) + '</span>'
 
 
 def _score(score):
@@ -266,7 +258,13 @@ def _differing(settings):
 
 
 def _configuration(runs, settings):
-  differing = _differing(settings)
+  decoding = [{f'decoding.{name}': value
+               for name, value in run.evaluation.decoding.items()}
+              if run.evaluation else {} for run in runs]
+  # Apart, as a run need not have both.
+  differing = _differing(settings) + _differing(decoding)
+  settings = [values | more for values, more in zip(
+      settings, decoding, strict=True)]
   rows = [[f'<code>{_escape(name)}</code>', *(
       f'<span class="code">{_value(values, name)}</span>'
       for values in settings)] for name in differing]
@@ -292,8 +290,8 @@ def _value(values, name):
 def _samples(runs: Sequence[Run], count: int) -> str:
   """Examples, spread over the data, beside what each run wrote for them."""
   written: dict[int, Evaluation] = {
-      i: run.evaluations[-1] for i, run in enumerate(runs)
-      if run.evaluations and run.evaluations[-1].predictions}
+      i: run.evaluation for i, run in enumerate(runs)
+      if run.evaluation and run.evaluation.predictions}
   if not written:
     return _note('No run has an eval/STEP/predictions.jsonl.')
   keys = list(next(iter(written.values())).predictions)

@@ -33,6 +33,11 @@ class Evaluation(NamedTuple):
     """By name."""
     return self.record['scores']
 
+  @property
+  def decoding(self) -> dict[str, Any]:
+    """Its settings."""
+    return self.record['decoding']
+
 
 class Run(NamedTuple):
   """A run's folder.
@@ -43,6 +48,7 @@ class Run(NamedTuple):
     config: of config.json; {} where only another's weights were evaluated.
     train, validation: lines of metrics.jsonl.
     evaluations: in the order of steps.
+    best_step: that the run has chosen by a score; None if it has not.
   """
   name: str
   workdir: str
@@ -50,6 +56,13 @@ class Run(NamedTuple):
   train: Lines
   validation: Lines
   evaluations: list[Evaluation]
+  best_step: int | None
+
+  @property
+  def evaluation(self) -> Evaluation | None:
+    """That of the best step, or else the last."""
+    best = [it for it in self.evaluations if it.step == self.best_step]
+    return next(iter(best or self.evaluations[-1:]), None)
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
@@ -86,15 +99,19 @@ def _read_run(workdir, name):
   if not evaluations and not os.path.isfile(metrics):
     raise ConfigError(f'{workdir} is no run: there is neither metrics.jsonl '
                       'nor an eval/STEP/scores.json in it.')
+  splits: dict[str, Lines] = {'train': [], 'validation': []}
   try:
-    lines = read_metrics(metrics)
-  except ValueError as error:
+    for line in read_metrics(metrics):
+      splits.setdefault(line['split'], []).append(line)
+  except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(f'{metrics} is damaged: {error}') from None
-  return Run(
-      name, workdir,
-      read_json_object(config) if os.path.isfile(config) else {},
-      [line for line in lines if line['split'] == 'train'],
-      [line for line in lines if line['split'] == 'validation'], evaluations)
+  best = _read_if_there(os.path.join(workdir, 'best.json'))
+  return Run(name, workdir, _read_if_there(config), splits['train'],
+             splits['validation'], evaluations, best.get('best'))
+
+
+def _read_if_there(path):
+  return read_json_object(path) if os.path.isfile(path) else {}
 
 
 def _read_evaluations(folder):
@@ -118,7 +135,9 @@ def _read_scores(path):
     record['scores'] = {
         name: {key: float(score[key]) for key in _NUMBERS}
         for name, score in record['scores'].items()}
+    record['decoding'] = dict(record.get('decoding', {}))
   except (KeyError, TypeError, ValueError, AttributeError):
     raise ConfigError(f'{path}: scores={json.dumps(record.get("scores"))} must '
-                      'hold mean, low and high of each score.') from None
+                      'hold mean, low and high of each score, and decoding, '
+                      'if it is there, settings by name.') from None
   return record

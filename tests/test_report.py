@@ -124,7 +124,7 @@ def test_every_section(tmp_path, two, capsys):
   scores = ' '.join(page.text['scores'].split())
   assert '23.50 21.50 to 26.50' in scores
   assert '35.25 33.25 to 38.25' in scores
-  assert 'num_beams=4' in scores
+  assert '40 rouge 30 4 23.50' in scores
   assert 'rouge1 by step' in scores
   assert 'same examples' not in scores
   configuration = page.text['configuration']
@@ -134,6 +134,7 @@ def test_every_section(tmp_path, two, capsys):
   assert 'model.d_ff' not in before
   assert f'model.d_ff={runs.TINY["model.d_ff"]}' in after
   assert 'schedule.learning_rate' not in after
+  assert 'decoding.num_beams=4' in after
   # Of the last evaluation, spread over the examples.
   samples = page.text['samples']
   assert '5 of 30 examples' in samples
@@ -201,7 +202,7 @@ def test_text_is_text(tmp_path):
     if name.endswith('href'):
       assert value.startswith('#'), (tag, name, value)
     assert 'url(' not in value.replace('url(#', '')
-  for section, times in (('scores', 4), ('samples', 2)):
+  for section, times in (('scores', 3), ('samples', 2)):
     assert page.text[section].count(HOSTILE) >= times
   assert json.dumps(HOSTILE) in page.text['configuration']
   assert 'a<b>$x_$' in page.text['summary']
@@ -233,6 +234,15 @@ def test_runs_that_lack_something(tmp_path):
   assert '1 of 1 examples' in page.text['samples']
 
 
+def test_the_best_checkpoint_of_a_run_that_keeps_it(tmp_path, two):
+  (two[0] / 'best.json').write_text(
+      '{"keep_best": "rouge1", "best": 20, "scores": {"20": 22.5, "40": 1}}')
+  page = write(tmp_path, *two)
+  assert 'slow wrote 6 at 20' in page.text['samples']
+  assert 'fast wrote 6 at 40' in page.text['samples']
+  assert '22.50 20.50 to 25.50' in ' '.join(page.text['scores'].split())
+
+
 def test_says_what_cannot_be_compared(tmp_path):
   first = make_run(tmp_path / 'first')
   second = make_run(tmp_path / 'second', data__objective='span_corruption',
@@ -259,9 +269,13 @@ def test_names_tell_folders_apart(tmp_path):
     ('notes.txt', 'x', '{} is no run: there is neither metrics.jsonl nor an '
      'eval/STEP/scores.json in it.'),
     ('metrics.jsonl', '{"step": 1\n', '{}/metrics.jsonl is damaged: '),
+    ('metrics.jsonl', '{"step": 1}\n', "{}/metrics.jsonl is damaged: 'split'"),
     ('eval/3/scores.json', '{"scores": {"f1": {"mean": 1}}}',
      '{}/eval/3/scores.json: scores={{"f1": {{"mean": 1}}}} must hold mean, '
-     'low and high of each score.'),
+     'low and high of each score, and decoding, if it is there, settings by '
+     'name.'),
+    ('eval/3/scores.json', '{"scores": {}, "decoding": 1}',
+     '{}/eval/3/scores.json: scores={{}} must hold mean, '),
 ])
 def test_refused(tmp_path, capsys, file, content, message):
   folder = tmp_path / 'bad'
