@@ -531,7 +531,7 @@ MUTANTS = [
            'jnp.arange(len(scores)))', 'jnp.zeros(len(scores), int))',
            'tests/generation/test_sampling.py::test_a_key_fixes_the_draws'),
     Mutant('goes on after the last end', 'longt5_flax/generation/sampling.py',
-           ' & ~jnp.all(loop.done)', '',
+           ' & ~jnp.all(written.done)', '',
            'tests/generation/test_generate.py'
            '::test_stops_when_all_rows_are_done'),
     Mutant('sample reads the whole row', 'longt5_flax/samples.py',

@@ -146,8 +146,9 @@ def attention_choice(config: Any, platform: str) -> AttentionChoice:
   return choose_attention(asked, model, config.data.inputs_length, platform)
 
 
-def check_vocabulary(vocabulary: Any, model: LongT5Config,
-                     name: str = 'data.vocabulary') -> None:
+def check_vocabulary(
+    vocabulary: Any, model: LongT5Config, name: str = 'data.vocabulary',
+    remedy: str = 'raise that, or lower data.extra_ids.') -> None:
   """Refuses a vocabulary of other special ids, or one that the embedding has
   no rows for.
 
@@ -155,6 +156,7 @@ def check_vocabulary(vocabulary: Any, model: LongT5Config,
     vocabulary: with `size`, `pad_id` and `eos_id`.
     model: the architecture.
     name: of the vocabulary, for messages.
+    remedy: what to do about one that is too large, for messages.
   """
   for theirs, ours in (('pad_id', 'pad_token_id'), ('eos_id', 'eos_token_id')):
     if getattr(vocabulary, theirs) != getattr(model, ours):
@@ -164,8 +166,7 @@ def check_vocabulary(vocabulary: Any, model: LongT5Config,
   if vocabulary.size > model.vocab_size:
     raise ConfigError(
         f'{name} has {vocabulary.size} ids with its sentinels, more '
-        f'than model.vocab_size={model.vocab_size}: raise that, or lower '
-        'data.extra_ids.')
+        f'than model.vocab_size={model.vocab_size}: {remedy}')
 
 
 def _value(config, name):
