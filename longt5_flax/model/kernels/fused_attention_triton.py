@@ -200,14 +200,16 @@ def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
     side = _side(geometry, side_refs, tile)
 
     def near(i, softmax):
-      return attend(*side.near(geometry, i), softmax)
+      keys, bias = side.near(geometry, i)
+      return attend(keys, bias, softmax)
 
     def some(is_before, i, softmax):
-      return attend(*side.far(geometry, is_before, i), softmax)
+      keys, bias = side.far(geometry, is_before, i)
+      return attend(keys, bias, softmax)
 
     def every(is_before, i, softmax):
-      return tiles.attend_to_all(
-          geometry.tiling, query, *side.far(geometry, is_before, i), softmax)
+      keys, bias = side.far(geometry, is_before, i)
+      return tiles.attend_to_all(geometry.tiling, query, keys, bias, softmax)
 
     softmax = jax.lax.fori_loop(
         0, geometry.near // geometry.tile, near, softmax)
@@ -243,15 +245,16 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
     one_hot = (rows == side.rows[None, :]).astype(query.dtype)
 
     def near(i, d_query):
-      d_scores, d_query = add(segments, *side.near(geometry, i), d_query)
+      keys, bias = side.near(geometry, i)
+      d_scores, d_query = add(segments, keys, bias, d_query)
       d_near_ref[:, tiles.at(i, geometry.tile)] = tiles.dot(
           geometry.tiling, one_hot, d_scores.astype(query.dtype))
       return d_query
 
     def far(segments, is_before, i, carry):
       d_query, d_before, d_behind = carry
-      d_scores, d_query = add(
-          segments, *side.far(geometry, is_before, i), d_query)
+      keys, bias = side.far(geometry, is_before, i)
+      d_scores, d_query = add(segments, keys, bias, d_query)
       d_bias = jnp.sum(d_scores, axis=1)
       return (d_query, d_before + jnp.where(is_before, d_bias, 0),
               d_behind + jnp.where(is_before, 0, d_bias))
@@ -309,21 +312,24 @@ def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
     offset = tile * geometry.tile - side.firsts[i] + shift
     return side.bias[offset - side.rows[tiles.at(i, geometry.tile)], :].T
 
-  add = partial(_add_key_gradient, geometry, tokens, rows)
+  def add_near(i, gradients):
+    return _add_key_gradient(
+        geometry, tokens, rows, i, keys, within(i), gradients)
+
+  def add_far(bias, is_masked, i, gradients):
+    return _add_key_gradient(
+        geometry, tokens, rows, i, keys, bias, gradients, is_masked)
+
   near, far = tiles.clip_span((near, far), start, end)
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
-  gradients = jax.lax.fori_loop(
-      near, far, lambda i, gradients: add(i, keys, within(i), gradients),
-      (zeros, zeros))
+  gradients = jax.lax.fori_loop(near, far, add_near, (zeros, zeros))
   for bias, first, last in ((side.far_bias[1], start, near),
                             (side.far_bias[0], far, end)):
     hole = tiles.clip_span((clean_first, clean_end), first, last)
     gradients = tiles.fold_around(
-        first, last, hole, lambda i, gradients, bias=bias: add(
-            i, keys, bias, gradients), gradients)
+        first, last, hole, partial(add_far, bias, True), gradients)
     gradients = jax.lax.fori_loop(
-        *hole, lambda i, gradients, bias=bias: add(
-            i, keys, bias, gradients, is_masked=False), gradients)
+        *hole, partial(add_far, bias, False), gradients)
   d_key_ref[...], d_value_ref[...] = gradients
 
 

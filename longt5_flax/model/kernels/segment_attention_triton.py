@@ -63,7 +63,8 @@ def _forward(tiling, arrays, spans, out_ref, lse_ref):
     return tiles.attend_to_all(
         tiling, query, tiles.load_keys(tiling, arrays, j), 0.0, softmax)
 
-  softmax = _fold(*_share(spans), spans, some, every,
+  first, end = _share(spans)
+  softmax = _fold(first, end, spans, some, every,
                   tiles.no_keys(tiling, query.shape[1]))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
   tiles.write(softmax, sees, out_ref, lse_ref)
@@ -80,8 +81,9 @@ def _backward_query(tiling, arrays, spans, rows, d_query_ref):
     return d_query + tiles.dot(
         tiling, d_scores.astype(keys.key.dtype), keys.key)
 
+  first, end = _share(spans)
   d_query_ref[...] = _fold(
-      *_share(spans), spans, partial(add, segments), partial(add, None),
+      first, end, spans, partial(add, segments), partial(add, None),
       jnp.zeros(query.shape, jnp.float32))
 
 
