@@ -70,6 +70,8 @@ def main(config, workdir):
   run_config.check_paths(config)
   mesh = partitioning.make_mesh(dict(config.mesh), jax.devices())
   run_config.check_batch(config, partitioning.rows_divisor(mesh))
+  attention = run_config.attention_choice(
+      config, mesh.devices.flat[0].platform)
   batch_size = config.data.batch_size
   rows = partitioning.local_rows(mesh, batch_size)
 
@@ -108,6 +110,7 @@ def main(config, workdir):
       f'{config.model.preset}: {num_parameters(abstract.params):,} parameters, '
       f'{corpus}, {jax.device_count()} x '
       f'{jax.devices()[0].device_kind}; {workdir}, from step {first_step}')
+  report.say(str(attention))
   for note in notes:
     report.say(f'init_from: {note}')
 

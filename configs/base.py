@@ -194,10 +194,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.precision.remat = 'none'
   # One stacked layer, compiled once, in place of one program a layer.
   config.precision.scan_layers = True
-  # Of the encoder's windows and global tokens: 'reference' holds all scores;
-  # 'chunked' those of some blocks at a time and recomputes them, so that memory
-  # is linear in the length; 'fused' none, in kernels for NVIDIA GPUs.
-  config.precision.attention = 'reference'
+  # To the inputs: 'reference' holds all scores; 'chunked' those of some blocks
+  # at a time and recomputes them, so that memory is linear in the length;
+  # 'fused' none, in kernels for NVIDIA GPUs and TPUs. 'auto' is 'fused' where
+  # it runs, else 'chunked', and on a CPU 'reference' up to 8192 tokens.
+  config.precision.attention = 'auto'
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 1000

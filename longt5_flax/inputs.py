@@ -1,6 +1,7 @@
 """From a run's config to what it reads: vocabulary, batches, held-out rows."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from longt5_flax.data.sources import (
     load_documents,
 )
 from longt5_flax.data.span_corruption import SpanCorruptionOptions
-from longt5_flax.data.task_formats import corpus_of
+from longt5_flax.data.task_formats import CORPORA, PREFIX, corpus_of
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.training import run_config
 
@@ -89,12 +90,8 @@ def make_inputs(config: Any, model: LongT5Config, rows: Sequence[int],
   description = describe(documents)
   if isinstance(documents, Examples):
     description += lengths_of(documents, vocabulary, options)
-    if held_out:
-      stats = delivered.stats()
-      description += (
-          f'; of {stats["examples"]:,} held out {stats["cut_inputs"]:,} inputs '
-          f'and {stats["cut_targets"]:,} targets cut')
-  return Inputs(vocabulary, batches, held_out, description)
+  return Inputs(vocabulary, batches, held_out,
+                description + describe_held_out(delivered.stats()))
 
 
 def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
@@ -117,9 +114,10 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
     run_config.check_vocabulary(
         vocabulary, model, f'The vocabulary of task {data.task}')
     batches = TaskBatches(task, options, num_rows, shard)
+    delivered = Delivered(options)
     held_out = data.validation_split and held_out_task_batches(
         task, data.validation_split, options, data.batch_size,
-        config.eval.max_batches)
+        config.eval.max_batches, delivered)
   except tasks.UnreachableError as error:
     if corpus_of(data.task) and not data.vocabulary:
       raise DataError(f'{error}. --config.data.vocabulary=MODEL names a local '
@@ -130,7 +128,8 @@ def _task_inputs(config: Any, model: LongT5Config, num_rows: int,
         f'{error}. --config.data.vocabulary=MODEL and --config.data.tfds_dir='
         'DIR name local copies; --config.data.source=jsonl --config.data.path='
         'FILES --config.data.vocabulary=MODEL trains on local text') from None
-  return Inputs(vocabulary, batches, held_out or [], describe_task(task))
+  return Inputs(vocabulary, batches, held_out or [],
+                describe_task(task) + describe_held_out(delivered.stats()))
 
 
 def check_task_objective(data: Any) -> None:
@@ -141,6 +140,12 @@ def check_task_objective(data: Any) -> None:
   elif data.prefix:
     raise ConfigError(f'data.prefix={data.prefix!r} has no say in task '
                       f'{data.task!r}: leave it out.')
+  if data.objective == SUPERVISED:
+    names = [PREFIX + name for name in CORPORA]
+    near = difflib.get_close_matches(data.task, names) or names
+    raise ConfigError(f'data.objective={SUPERVISED!r} has no say in task '
+                      f'{data.task!r}: leave it out, or choose a task such as '
+                      f'{", ".join(near)}.')
   # The default may stand beside any task.
   if data.objective != 'gap_sentences' and (
       data.task != f'longt5_c4_{data.objective}'):
@@ -272,6 +277,18 @@ def lengths_of(examples: Examples, vocabulary: Vocabulary,
   return (f', {long} of {len(some)} looked at longer than '
           f'{options.inputs_length:,} tokens (long_inputs='
           f'{options.long_inputs!r})')
+
+
+def describe_held_out(stats: dict[str, int | float]) -> str:
+  """How much of held-out examples is cut, if that is known and there are any.
+
+  Args:
+    stats: of `Delivered`.
+  """
+  if not stats.get('cut_inputs', 0) + stats.get('cut_targets', 0):
+    return ''
+  return (f'; of {stats["examples"]:,} held out {stats["cut_inputs"]:,} inputs '
+          f'and {stats["cut_targets"]:,} targets cut')
 
 
 def check_source(data: Any) -> None:

@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   options, overrides = parser.parse_known_args(argv)
   logging.set_verbosity(logging.ERROR)  # Orbax says a lot.
   try:
-    plan = read_plan(options.file, overrides)
+    plan = read_plan(options.file, overrides, needs_data=not options.list)
     folder = Folder(
         options.workdir or os.path.join('runs', 'sweeps', plan.name))
     if options.list:

@@ -71,12 +71,14 @@ class Plan:
   held_out: tuple[Run, ...]
 
 
-def read_plan(path: str, overrides: Sequence[str]) -> Plan:
+def read_plan(path: str, overrides: Sequence[str],
+              needs_data: bool = True) -> Plan:
   """Reads a sweep file and the config of each of its runs.
 
   Args:
     path: of the file.
     overrides: the command line's, `--config.KEY=VALUE`.
+    needs_data: refuse runs that are not told what to read.
 
   Raises:
     ConfigError: the file is no sweep, or a run cannot be; the message names it.
@@ -97,7 +99,8 @@ def read_plan(path: str, overrides: Sequence[str]) -> Plan:
       try:
         config = read_config(file, arguments[1:])
         run_config.check_config(config)
-        run_config.check_paths(config)
+        if needs_data:
+          run_config.check_paths(config)
         pipeline_options(config, 1)
         if config.data.source == 'seqio':
           check_task_objective(config.data)

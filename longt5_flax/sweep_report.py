@@ -89,7 +89,7 @@ def own_loss(metrics: Sequence[Mapping[str, Any]]) -> Losses:
   return {'own objective': losses[-1]} if losses else {}
 
 
-def read_curve(lines: Sequence[Mapping[str, float]]) -> Curve:
+def read_curve(lines: Sequence[Mapping[str, Any]]) -> Curve:
   """Cumulated tokens and loss of a run's training lines.
 
   A line has the rates since the one before, and so the tokens of all steps
@@ -103,7 +103,7 @@ def read_curve(lines: Sequence[Mapping[str, float]]) -> Curve:
   return Curve(inputs, targets, np.array([line['loss'] for line in lines]))
 
 
-def rates(lines: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+def rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
   """Medians over log steps, without the first, which compiles; and memory."""
   def median(name):
     values = [line[name] for line in lines[1:] or lines if name in line]
@@ -135,10 +135,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     mfu, memory = result['mfu'], result['peak_memory_bytes']
     cells.append([
         result['run'], f'{result["steps"]:,}',
-        _count(result['input_tokens']), _count(result['target_tokens']),
+        short_count(result['input_tokens']),
+        short_count(result['target_tokens']),
         *(f'{result["held_out"][name]:.4f}' for name in names),
-        f'{_count(result["input_tokens_per_second"])} + '
-        f'{_count(result["target_tokens_per_second"])}',
+        f'{short_count(result["input_tokens_per_second"])} + '
+        f'{short_count(result["target_tokens_per_second"])}',
         '' if mfu is None else f'{mfu:.1%}',
         '' if memory is None else f'{memory / 1e9:.1f} GB', minutes])
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -150,7 +151,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(rows + [''] * bool(failed) + failed)
 
 
-def _count(number):
+def short_count(number: float) -> str:
+  """12345 as 12.3k."""
   for size, unit in ((1e6, 'M'), (1e3, 'k')):
     if number >= size:
       return f'{number / size:.1f}{unit}'
@@ -172,6 +174,19 @@ def provenance(plan: Plan, workdirs: Mapping[str, str]) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def smoothed(places: np.ndarray, values: np.ndarray
+             ) -> tuple[np.ndarray, np.ndarray]:
+  """A curve's means over a 40th of it: where each ends, and the mean."""
+  width = max(len(values) // 40, 1)
+  return (places[width - 1:],
+          np.convolve(values, np.ones(width) / width, 'valid'))
+
+
+def line_style(i: int) -> dict[str, Any]:
+  """Of the i-th run in a figure: 30 of them can be told apart."""
+  return {'color': f'C{i % 10}', 'linestyle': ('-', '--', ':')[i // 10 % 3]}
+
+
 def plot(curves: Mapping[str, Curve], losses: Mapping[str, Losses],
          folder: str) -> str:
   """Draws loss.png; returns its path."""
@@ -185,12 +200,9 @@ def plot(curves: Mapping[str, Curve], losses: Mapping[str, Losses],
       figsize=(7 + 5 * bool(names), max(5, len(names) * len(runs) / 4)),
       width_ratios=[3, 2] if names else None, layout='constrained')
   for i, run in enumerate(runs):
-    # A mean over a 40th of the run.
-    width = max(len(curves[run].loss) // 40, 1)
     panels['curves'].plot(
-        curves[run].targets[width - 1:],
-        np.convolve(curves[run].loss, np.ones(width) / width, 'valid'),
-        f'C{i % 10}', linestyle=('-', '--', ':')[i // 10 % 3], label=run)
+        *smoothed(curves[run].targets, curves[run].loss), **line_style(i),
+        label=run)
     for name in names:
       panels[name].plot(losses[run][name], i, f'C{i % 10}', marker='o')
   panels['curves'].set(xlabel='target tokens seen',

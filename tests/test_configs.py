@@ -17,7 +17,7 @@ import eval as eval_command
 import runs
 import tiny_runs
 from configs import finetune
-from longt5_flax import convert, prepare
+from longt5_flax import compare, convert, prepare, report, summarize
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.data.task_formats import CORPORA
@@ -28,6 +28,11 @@ from longt5_flax.training.optimizer import make_optimizer, num_parameters
 from longt5_flax.training.schedules import make_schedule
 from longt5_flax.training.train_step import init_state, make_train_step
 
+# Of commands that take no config.
+PARSERS = {f'longt5_flax.{command}': module.make_parser
+           for command, module in {
+               'compare': compare, 'convert': convert, 'report': report,
+               'summarize': summarize}.items()}
 CONFIGS = sorted(path.stem for path in (runs.ROOT / 'configs').glob('*.py'))
 BATCH = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions',
          'decoder_input_tokens', 'decoder_target_tokens',
@@ -153,7 +158,7 @@ def test_published_fine_tuning(task):
           config.schedule.warmup_steps) == ('constant', 1e-3, 0)
   assert config.optimizer.name == 'adafactor'
   assert config.data.prefix == ''
-  assert not config.data.packing
+  assert config.data.packing  # As in T5X's finetune.gin.
   lengths = config.data.inputs_length, config.data.targets_length
   expected = {'natural_questions': (12288, 128), 'trivia_qa': (16384, 128)}
   if task in expected:
@@ -199,8 +204,8 @@ def problem(words):
       return f'no module {words[1]}'
     if words[1] == 'longt5_flax.sweep':
       return sweep_problem(*words[2:])
-    if words[1] == 'longt5_flax.convert':
-      return parse_problem(convert.make_parser().parse_args, words[2:])
+    if words[1] in PARSERS:
+      return parse_problem(PARSERS[words[1]]().parse_args, words[2:])
     if words[1] == 'longt5_flax.prepare':
       parse = prepare.make_parser().parse_known_args
       return parse_problem(parse, words[2:]) or config_problem([
@@ -303,6 +308,8 @@ def test_there_are_commands_to_try():
     ('python eval.py --workdri=x', 'workdri'),
     ('python eval.py --config=configs/base.py', 'no --workdir'),
     ('python -m longt5_flax.convert --from hf:x', 'wrong arguments'),
+    ('python -m longt5_flax.summarize --checkpoint=hf:x --beams=2',
+     'wrong arguments'),
     ('python -m longt5_flax.prepare --config=configs/base.py',
      'wrong arguments'),
     ('python -m longt5_flax.prepare --config=configs/base.py --output=x '

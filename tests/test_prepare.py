@@ -233,6 +233,9 @@ def refused(capsys, command):
     ([], {'data__validation_path': 'no.jsonl'}, "no file 'no.jsonl'"),
     ([], {'data__source': 'arrayrecord'},
      "data.source='arrayrecord' is prepared already."),
+    ([], {'data__objective': 'supervised'},
+     "data.objective='supervised' has nothing to prepare: train.py reads the "
+     'examples as they are.'),
     ([], {'data__source': 'csv'},
      "source='csv' must be one of ('jsonl', 'tsv', 'text', 'arrayrecord', "
      "'seqio')"),

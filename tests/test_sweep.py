@@ -288,6 +288,20 @@ def test_list_starts_nothing(folder, finished):
       'Compared on held-out documents by: rouge, random']
 
 
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
+def test_list_of_a_shipped_sweep_needs_no_data(path, tmp_path, capsys):
+  arguments = [str(path), f'--workdir={tmp_path}/out', '--config.steps=7']
+  assert sweep.main([*arguments, '--list']) == 0
+  assert [line.partition(':')[0]
+          for line in capsys.readouterr().out.splitlines()] == [
+              f'{run.name} (at step 0 of 7)'
+              for run in read_plan(str(path), DATA).runs]
+  code, line = answer(capsys, *arguments)
+  assert code == 2
+  assert 'data.path is empty' in line
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('override, line', [
     ('loss.z_loss=0', 'loss.z_loss=0.0001, not 0.0: keep the value'),
     ('schedule.learning_rate=9.0', 'another schedule: keep it'),

@@ -175,10 +175,16 @@ def test_settings_that_cannot_be(overrides, message, tmp_path):
 def test_attention_implementation(tmp_path):
   """One that every later implementation leaves unknown."""
   with pytest.raises(ConfigError, match=r"precision\.attention='magic' must "
-                     r"be one of \('reference'"):
+                     r"be one of \('auto', 'reference'"):
     train.main(tiny_runs.tiny({'precision.attention': 'magic'}),
                str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
+
+
+def test_attention_without_its_device(tmp_path):
+  refuses(ConfigError,
+          "attention='fused' needs an NVIDIA GPU or a TPU, not 'cpu'.",
+          tmp_path / 'run', {'precision.attention': 'fused'})
 
 
 @pytest.mark.parametrize('overrides, message', [

@@ -145,6 +145,7 @@ def test_task_of_the_paper(settings, tmp_path):
   long = sum(inputs[-2] > 0 for inputs, _ in found)
   assert long > 0
   assert f'cut_inputs {long},' in run.printed
+  assert 'seqio task longt5_qmsum; of 8 held out 2 inputs and' in run.printed
   assert run.lines('validation')[-1]['loss'] > 0
 
 
@@ -197,8 +198,8 @@ def test_bad_files(key, content, message, settings, tmp_path):
     ({'data.source': 'seqio', 'data.path': '', 'data.validation_path': '',
       'data.task': 'longt5_arxive'}, ConfigError,
      "data.objective='supervised' has no say in task 'longt5_arxive': leave it "
-     'out, and choose a task, such as longt5_c4_span_corruption or '
-     'longt5_c4_mixture.'),
+     'out, or choose a task such as longt5_arxiv, longt5_narrative_qa, '
+     'longt5_qasper.'),
 ], ids=str)
 def test_settings_that_cannot_be(overrides, kind, message, settings, tmp_path):
   refuses(kind, message.format(path=settings['data.path']), tmp_path / 'run',
@@ -210,7 +211,8 @@ def test_long_input_that_is_refused(settings, tmp_path):
   count = len(VOCABULARY.encode(EXAMPLES[3]['inputs'])) + 1
   refuses(DataError, f"example '4': {count} input tokens are more than "
           "inputs_length=64, and long_inputs='refuse'", tmp_path / 'run',
-          settings | {'data.long_inputs': 'refuse'})
+          settings | {'data.long_inputs': 'refuse',
+                      'data.validation_path': ''})
 
 
 def test_checkpoint_of_another_vocabulary(settings, parts, tmp_path):

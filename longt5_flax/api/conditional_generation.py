@@ -4,10 +4,12 @@ Code written for `transformers.FlaxLongT5ForConditionalGeneration` runs after a
 change of its import.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from longt5_flax.api import checks, generation, outputs, programs
@@ -63,6 +65,40 @@ class FlaxLongT5ForConditionalGeneration(FlaxLongT5Model):
       GenerationError: a setting breaks its rule.
     """
     del trace
+    return outputs.FlaxGenerateOutput(*programs.write(*self._prepare(
+        input_ids, generation_config, prng_key, params, options)))
+
+  def stream(
+      self,
+      input_ids: checks.Arrays,
+      generation_config: Any = None,
+      prng_key: jax.Array | None = None,
+      params: Any = None,
+      **options: Any,
+  ) -> Iterator[np.ndarray]:
+    """`generate`, but shows each token as it is written.
+
+    Arguments, and what they raise, are those of `generate`; without beams.
+
+    Returns:
+      Of arrays [B] int32: the first new token of each row, the second, ...,
+      until all rows have ended.
+    """
+    module, chosen, params, *inputs, key = self._prepare(
+        input_ids, generation_config, prng_key, params, options)
+    state = programs.write_first(module, chosen, params, *inputs, key)
+
+    def write_rest(written, tokens, goes_on):
+      yield np.asarray(tokens)
+      while goes_on:
+        written, tokens, goes_on = programs.write_next(
+            module, chosen, params, written, key)
+        yield np.asarray(tokens)
+
+    return write_rest(*state)
+
+  def _prepare(self, input_ids, generation_config, prng_key, params, options):
+    """The arguments of `programs.write`."""
     config = self.config
     ids = checks.token_ids('input_ids', input_ids, config.vocab_size)
     given_mask = options.pop('attention_mask', None)
@@ -80,9 +116,8 @@ class FlaxLongT5ForConditionalGeneration(FlaxLongT5Model):
     mask = checks.attention_mask('attention_mask', given_mask, ids.shape)
     params = self._params_or_held(params)
     encoded, mask = self._encoded_bucket(params, ids, mask, encoder_outputs)
-    return outputs.FlaxGenerateOutput(*programs.write(
-        self.module, chosen, params, encoded, mask, prompt, prompt_mask,
-        jax.random.key(0) if prng_key is None else prng_key))
+    return (self.module, chosen, params, encoded, mask, prompt, prompt_mask,
+            jax.random.key(0) if prng_key is None else prng_key)
 
   def _encoded_bucket(self, params, ids, mask, encoder_outputs):
     """The encoder's output and mask, in a bucket of lengths."""

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from longt5_flax.generation.generate import Generated, generate
+from longt5_flax.generation.generate import Generated, begin, generate
 from longt5_flax.generation.options import GenerationOptions
+from longt5_flax.generation.sampling import Written, add_token, is_open
+from longt5_flax.generation.steps import token_at
 from longt5_flax.model import decoding
 
 
@@ -70,6 +72,41 @@ def write(
                          prompt_mask)
   return generate(partial(decoding.step, module, params), decoding.reorder,
                   cache, prompt, options, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def write_first(
+    module: nn.Module, options: GenerationOptions, params: Any,
+    encoded: Float[Array, 'B L D'], attention_mask: Int[Array, 'B L'],
+    prompt: Int[Array, 'B P'], prompt_mask: Bool[Array, 'B P'] | None,
+    key: Array,
+) -> tuple[Written, Int[Array, 'B'], Bool[Array, '']]:
+  """`write` up to its first token of each row.
+
+  Returns:
+    What `write_next` goes on from, the tokens, and whether there are more.
+  """
+  cache = decoding.start(module, params, encoded, attention_mask,
+                         options.max_length - 1, options.rows_per_input,
+                         prompt_mask)
+  step = partial(decoding.step, module, params)
+  return _one_more(step, begin(step, cache, prompt, options, key), options, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def write_next(module: nn.Module, options: GenerationOptions, params: Any,
+               written: Written, key: Array
+               ) -> tuple[Written, Int[Array, 'B'], Bool[Array, '']]:
+  """One more token of each row; takes the memory of `written`, which must not
+  be used again. Returns what `write_first` does."""
+  step = partial(decoding.step, module, params)
+  return _one_more(step, written, options, key)
+
+
+def _one_more(step, written, options, key):
+  written = add_token(step, written, options, key)
+  tokens = token_at(written.tokens, written.length - 1)[:, 0]
+  return written, tokens, is_open(written, options)
 
 
 def bucket_length(length: int, block: int) -> int:

@@ -344,7 +344,7 @@ class TaskBatches:
 
 def held_out_task_batches(
     task: Any, split: str, options: PipelineOptions, batch_size: int,
-    max_batches: int = 0) -> list[Batch]:
+    max_batches: int = 0, delivered: Delivered | None = None) -> list[Batch]:
   """Batches of one pass over a split: always the same, on every host.
 
   Args:
@@ -353,6 +353,7 @@ def held_out_task_batches(
     options: of the pipeline.
     batch_size: rows of a batch.
     max_batches: the first so many; 0: all.
+    delivered: to count what is in them.
 
   Raises:
     DataError: the task has no such split, or no examples in it.
@@ -360,7 +361,8 @@ def held_out_task_batches(
   with contextlib.closing(load_tasks().TaskExamples(
       task, split, _lengths(options), options.seed)) as examples:
     rows = packed_rows(_Kept(examples), options, 'held out')
-    batches = stack_rows(map(make_row, rows), batch_size, max_batches)
+    batches = stack_rows(
+        map(make_row, rows), batch_size, max_batches, delivered)
   if not batches:
     raise DataError(f'task {task.name} has no examples in split {split!r}')
   return batches

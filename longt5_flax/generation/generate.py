@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from longt5_flax.generation.beam_search import beam_search
 from longt5_flax.generation.options import GenerationError, GenerationOptions
-from longt5_flax.generation.sampling import sample
+from longt5_flax.generation.sampling import Written, sample, start
 from longt5_flax.generation.steps import Reorder, Step
 
 
@@ -55,6 +55,36 @@ def generate(
     GenerationError: if the prompt leaves no room, a token is outside the
       vocabulary, or a key is missing.
   """
+  rows, cache = _read_prompt(step, cache, prompt, options, key)
+  if options.num_beams == 1:
+    return Generated(sample(step, cache, rows, options, key), None)
+  best = beam_search(step, reorder, cache, rows, options, key)
+  count = options.num_return_sequences
+  return Generated(
+      best.tokens[:, :count].reshape(-1, options.max_length),
+      best.scores[:, :count].reshape(-1))
+
+
+def begin(step: Step, cache: Any, prompt: Int[Array, 'B P'],
+          options: GenerationOptions, key: Array | None = None) -> Written:
+  """What `sampling.add_token` goes on from, for who wants to see each token.
+
+  Adding tokens while `sampling.is_open` gives the sequences of `generate`,
+  whose arguments these are.
+
+  Raises:
+    GenerationError: as `generate`; or several beams are asked for, of which no
+      token is certain before the end.
+  """
+  if options.num_beams > 1:
+    raise GenerationError(f'num_beams={options.num_beams} must be 1 for tokens '
+                          'one at a time.')
+  rows, cache = _read_prompt(step, cache, prompt, options, key)
+  return start(cache, rows, options)
+
+
+def _read_prompt(step, cache, prompt, options, key):
+  """The prompt of each row, and the cache that holds all but its end."""
   length = prompt.shape[1]
   if not 0 < length < options.max_length:
     raise GenerationError(
@@ -65,13 +95,7 @@ def generate(
   rows = jnp.repeat(prompt.astype(jnp.int32), options.rows_per_input, axis=0)
   if length > 1:
     _, cache = step(cache, rows[:, :-1])
-  if options.num_beams == 1:
-    return Generated(sample(step, cache, rows, options, key), None)
-  best = beam_search(step, reorder, cache, rows, options, key)
-  count = options.num_return_sequences
-  return Generated(
-      best.tokens[:, :count].reshape(-1, options.max_length),
-      best.scores[:, :count].reshape(-1))
+  return rows, cache
 
 
 def start_tokens(batch_size: int,

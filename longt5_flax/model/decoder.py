@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.attention import full_attention
+from longt5_flax.model.attention_choice import choose_attention
 from longt5_flax.model.layers import (
     MLP,
     Dense,
@@ -22,6 +23,7 @@ from longt5_flax.model.layers import (
     run_layers,
 )
 from longt5_flax.model.relative_position import toeplitz
+from longt5_flax.model.segment_attention import segment_attention
 
 
 class DecoderContext(NamedTuple):
@@ -32,13 +34,17 @@ class DecoderContext(NamedTuple):
       cached.
     bias: of self-attention.
     self_mask: which targets a target may see.
-    cross_mask: which inputs a target may see.
+    cross_mask: which inputs a target may see: those of its segment.
+    segment_ids: of the targets, 0 is padding; None step by step.
+    encoder_segment_ids: of the inputs, 0 is padding; None step by step.
     start: with a cache, the position of the first of the new tokens.
   """
   encoded: Any
   bias: Float[Array, '1 H T S']
   self_mask: Bool[Array, '#B 1 T S']
   cross_mask: Bool[Array, 'B 1 #T L']
+  segment_ids: Any
+  encoder_segment_ids: Any
   start: Int[Array, ''] | None
 
 
@@ -47,7 +53,12 @@ class DecoderAttention(Projections):
 
   Step by step, `key` and `value` [B, S, H, K] of the encoder's output are in
   the collection `encoded`, those of the targets so far in `cache`.
+
+  Attributes:
+    attention: which implementation attends to whole inputs; see
+      `choose_attention`.
   """
+  attention: str = 'reference'
 
   def __call__(self, x: Float[Array, 'B T D'], source: Float[Array, 'B S D'],
                bias: Float[Array, '1 H T S'] | None,
@@ -55,6 +66,18 @@ class DecoderAttention(Projections):
                deterministic: bool) -> Float[Array, 'B T D']:
     key, value = self.project_key_value(source, deterministic)
     return self._attend(x, key, value, bias, mask)
+
+  def attend_to_encoded(
+      self, x: Float[Array, 'B T D'], context: DecoderContext,
+      deterministic: bool) -> Float[Array, 'B T D']:
+    """Attends to the encoder's output, for all targets at once."""
+    key, value = self.project_key_value(context.encoded, deterministic)
+    choice = choose_attention(self.attention, self.config, key.shape[1])
+    if choice.cross != 'fused':
+      return self._attend(x, key, value, None, context.cross_mask)
+    return self.project_out(segment_attention(
+        self.project_query(x), key, value, context.segment_ids,
+        context.encoder_segment_ids, self.dtype))
 
   def fill(self, collection: str, source: Float[Array, 'B S D']) -> None:
     """Stores the keys and values of `source`."""
@@ -103,6 +126,7 @@ class DecoderLayer(nn.Module):
   """Self-attention, cross-attention and MLP, behind norms, beside residuals."""
   config: LongT5Config
   dtype: DTypeLike
+  attention: str
 
   def setup(self):
     config = self.config
@@ -110,7 +134,8 @@ class DecoderLayer(nn.Module):
     self.pre_self_attention_layer_norm = T5LayerNorm(*norm)
     self.self_attention = DecoderAttention(config, self.dtype)
     self.pre_cross_attention_layer_norm = T5LayerNorm(*norm)
-    self.encoder_decoder_attention = DecoderAttention(config, self.dtype)
+    self.encoder_decoder_attention = DecoderAttention(
+        config, self.dtype, self.attention)
     self.pre_mlp_layer_norm = T5LayerNorm(*norm)
     self.mlp = MLP(config, self.dtype)
     self.dropout = layer_dropout(config.dropout_rate)
@@ -124,8 +149,8 @@ class DecoderLayer(nn.Module):
         y, y, context.bias, context.self_mask, deterministic)
     x = x + self.dropout(y, deterministic)
     y = self.pre_cross_attention_layer_norm(x)
-    y = self.encoder_decoder_attention(
-        y, context.encoded, None, context.cross_mask, deterministic)
+    y = self.encoder_decoder_attention.attend_to_encoded(
+        y, context, deterministic)
     x = x + self.dropout(y, deterministic)
     return self._add_mlp(x, deterministic)
 
@@ -161,6 +186,7 @@ class Decoder(nn.Module):
   dtype: DTypeLike
   scan_layers: bool
   remat: str
+  attention: str
   has_head: bool
 
   def setup(self):
@@ -168,8 +194,8 @@ class Decoder(nn.Module):
     self.relpos_bias = RelativePositionBias(config, bidirectional=False)
     self.num_layers = config.num_decoder_layers or config.num_layers
     self.layers = make_layers(
-        lambda: DecoderLayer(config, self.dtype), self.num_layers,
-        self.scan_layers)
+        lambda: DecoderLayer(config, self.dtype, self.attention),
+        self.num_layers, self.scan_layers)
     self.decoder_norm = T5LayerNorm(config.layer_norm_epsilon, jnp.float32)
     self.dropout = layer_dropout(config.dropout_rate)
     if self.has_head and not config.tie_word_embeddings:
@@ -184,16 +210,20 @@ class Decoder(nn.Module):
     length = embedded.shape[1]
     bias = toeplitz(self.relpos_bias(1 - length, length - 1), length, length)
     self_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    cross_mask = (encoder_segment_ids > 0)[:, None, None]
-    if decoder_segment_ids is not None:
-      targets = decoder_segment_ids[:, None, :, None]
-      self_mask = self_mask & (
-          targets == decoder_segment_ids[:, None, None])
-      cross_mask = cross_mask & (
-          targets == encoder_segment_ids[:, None, None])
+    if decoder_segment_ids is None:
+      decoder_segment_ids = jnp.ones(embedded.shape[:2], jnp.int32)
+      encoder_segment_ids = (encoder_segment_ids > 0).astype(jnp.int32)
+    else:
+      self_mask = self_mask & (decoder_segment_ids[:, None, :, None]
+                               == decoder_segment_ids[:, None, None])
+    cross_mask = (encoder_segment_ids > 0)[:, None, None] & (
+        decoder_segment_ids[:, None, :, None]
+        == encoder_segment_ids[:, None, None])
     if decoder_mask is not None:
       self_mask = self_mask & decoder_mask[:, None, None]
-    context = DecoderContext(encoded, bias[None], self_mask, cross_mask, None)
+    context = DecoderContext(
+        encoded, bias[None], self_mask, cross_mask, decoder_segment_ids,
+        encoder_segment_ids, None)
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
         self.num_layers, self.dropout(embedded, deterministic),
@@ -238,7 +268,7 @@ class Decoder(nn.Module):
       self_mask = self_mask & decoder_mask[:, None, None]
     context = DecoderContext(
         None, bias[None], self_mask,
-        (encoder_segment_ids > 0)[:, None, None], start)
+        (encoder_segment_ids > 0)[:, None, None], None, None, start)
     self.put_variable('cache', 'length', start + embedded.shape[1])
     x = self.decoder_norm(run_layers(
         self.layers, DecoderLayer.step, self.num_layers,

@@ -13,6 +13,7 @@ from longt5_flax.model.attention import (
     full_attention,
     local_attention,
 )
+from longt5_flax.model.attention_choice import choose_attention
 from longt5_flax.model.chunked_attention import chunked_attention
 from longt5_flax.model.fused_attention import fused_attention
 from longt5_flax.model.global_tokens import (
@@ -52,7 +53,7 @@ class EncoderAttention(Projections):
   """Self-attention of the encoder, of the type that the config names.
 
   Attributes:
-    attention: which implementation; see `longt5.ATTENTION_IMPLEMENTATIONS`.
+    attention: which implementation; see `choose_attention`.
   """
   attention: str = 'reference'
 
@@ -76,10 +77,12 @@ class EncoderAttention(Projections):
       return self.project_out(output)
     inputs = (query, key, value, context.bias, segment_ids,
               self._globals(x, context, deterministic), self.dtype)
-    if self.attention == 'reference':
+    implementation = choose_attention(
+        self.attention, self.config, query.shape[1]).encoder
+    if implementation == 'reference':
       output, weights = local_attention(*inputs)
       self.sow('intermediates', 'weights', weights)
-    elif self.attention == 'chunked':
+    elif implementation == 'chunked':
       output = chunked_attention(*inputs)
     else:
       output = fused_attention(*inputs)

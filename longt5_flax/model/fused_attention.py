@@ -1,4 +1,5 @@
-"""Local and transient-global attention in GPU kernels that keep no scores.
+"""Local and transient-global attention in kernels that keep no scores: here
+those of GPUs, in `fused_attention_tpu` those of TPUs.
 
 Forward and backward hold one tile of scores at a time, on the chip; biases are
 made inside from their vectors over offsets, and their gradients summed tile by
@@ -10,45 +11,38 @@ float16 operands are TF32 numbers, of the same precision and the exponents of
 float32, so that nothing overflows.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from longt5_flax.config import ConfigError
+from longt5_flax.model import fused_attention_tpu
 from longt5_flax.model.attention import GlobalTokens
 from longt5_flax.model.kernels import fused_attention_triton as kernels
-from longt5_flax.model.kernels.fused_attention_triton import (
-    LOG2_E,
-    MASKED,
-    Geometry,
+from longt5_flax.model.kernels.calls import (
+    ON_A_GPU,
+    KernelOptions,
+    all_see,
+    covering_run,
+    gapless_run,
+    on_each_device,
+    ranges_meet,
+    segment_range,
+    target_platform,
+    to_operands,
 )
+from longt5_flax.model.kernels.fused_attention_triton import Geometry
+from longt5_flax.model.kernels.triton_tiles import LOG2_E, MASKED, Rows
 from longt5_flax.model.relative_position import toeplitz
 
 # Programs that share the work of one tile in the backward pass, where there
 # are few tiles and each has much to do.
 _PARTS = 8
 
-
-class KernelOptions(NamedTuple):
-  """How kernels are run; results are the same within rounding.
-
-  Attributes:
-    tile: tokens of a tile; a power of two, 16 or more.
-    interpret: on any device, slowly, for tests.
-  """
-  tile: int = 64
-  interpret: bool = False
-
-
-_ON_A_GPU = KernelOptions()
 
 def fused_attention(
     query: Float[Array, 'B L H K'],
@@ -58,7 +52,7 @@ def fused_attention(
     segment_ids: Int[Array, 'B L'],
     side: GlobalTokens | None,
     dtype: DTypeLike,
-    options: KernelOptions = _ON_A_GPU,
+    options: KernelOptions = ON_A_GPU,
 ) -> Float[Array, 'B L H K']:
   """What `local_attention` attends to; zeros at padding.
 
@@ -70,66 +64,45 @@ def fused_attention(
     options: how the kernels are run.
 
   Raises:
-    ConfigError: the device is no GPU.
+    ConfigError: the device has no such kernels, or they cannot do this.
   """
-  if not options.interpret and jax.default_backend() != 'gpu':
-    raise ConfigError("attention='fused' needs an NVIDIA GPU, not "
-                      f'{jax.default_backend()!r}.')
-  arrays = () if side is None else side[:-1]
+  tokens: tuple[Array, ...] = query, key, value
+  tables: tuple[Array, ...] = bias,
+  ids: tuple[Array, ...] = segment_ids,
+  block_size = None
+  if side is not None:
+    tokens += side.key, side.value
+    tables += side.bias,
+    ids += side.segment_ids, side.block_ids
+    block_size = side.block_size
+  on_a_tpu = (options.platform or target_platform()) == 'tpu'
   attend = partial(
-      _attend, block_size=None if side is None else side.block_size,
-      dtype=dtype, options=options)
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty:
-    rows = _mesh_axes(mesh, 'batch', query.shape[0])
-    heads = _mesh_axes(mesh, 'joined_kv', query.shape[2])
-    tokens = PartitionSpec(rows, None, heads)
-    ids, table = PartitionSpec(rows), PartitionSpec(heads)
-    sides = (tokens, tokens, table, ids, ids) if arrays else ()
-    attend = jax.shard_map(
-        attend, mesh=mesh, out_specs=tokens, check_vma=False,
-        in_specs=((tokens, tokens, tokens), table, ids, *sides))
-  return attend((query, key, value), bias, segment_ids, *arrays)
+      fused_attention_tpu.attend if on_a_tpu else _attend,
+      block_size=block_size, dtype=dtype, options=options)
+  return on_each_device(attend, tokens, tables, ids, options)
 
 
-def _mesh_axes(mesh, name, size):
-  """The mesh axes that split a logical axis; None where they cannot."""
-  spec = nn.logical_to_mesh_axes((name,)) or PartitionSpec(None)
-  axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
-  parts = math.prod(mesh.shape[axis] for axis in axes)
-  return axes if axes and size % parts == 0 else None
-
-
-def _attend(tokens, bias, segment_ids, *side, block_size, dtype, options):
-  """`fused_attention` of (query, key, value), on one device."""
-  _, length, _, size = tokens[0].shape
+def _attend(tokens, tables, ids, block_size, dtype, options):
+  """`fused_attention` on one device."""
+  length, size = tokens[0].shape[1::2]
   tile = options.tile
-  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-  fill = max(16, 1 << (size - 1).bit_length()) - size
-
-  def prepare(x, multiple=1):
-    return jnp.pad(x.astype(operand), (
-        (0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, fill)))
-
+  prepare = partial(to_operands, dtype=dtype)
   rows = near = reach = 0
-  layout = None
-  segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % tile)))
-  if side:
-    side_key, side_value, side_bias, side_segments, block_ids = side
-    reach = side_bias.shape[1] // 2
+  layout, side = None, ()
+  segment_ids = jnp.pad(ids[0], ((0, 0), (0, -length % tile)))
+  if block_size:
+    reach = tables[1].shape[1] // 2
     blocks = tile // block_size + 2  # That tokens of a tile may be in.
     rows = max(16, 1 << (blocks - 1).bit_length())
     near = 2 * reach - 2 + blocks
     near += -near % tile
   geometry = Geometry(
-      tile, -(-(bias.shape[1] // 2) // tile), rows, near,
-      jax.lax.Precision.DEFAULT if dtype == jnp.float16 else
-      jax.lax.Precision.HIGHEST, options.interpret)
-  if side:
-    layout = _layout(geometry, reach, segment_ids, side_segments, block_ids)
-    side = prepare(side_key), prepare(side_value), side_bias
+      options.tiling(dtype), -(-(tables[0].shape[1] // 2) // tile), rows, near)
+  if block_size:
+    layout = _layout(geometry, reach, segment_ids, *ids[1:])
+    side = *(prepare(x) for x in tokens[3:]), tables[1]
   output = _fused(
-      geometry, *(prepare(x, tile) for x in tokens), bias,
+      geometry, *(prepare(x, multiple=tile) for x in tokens[:3]), tables[0],
       segment_ids, layout, side)
   return output[:, :length, :, :size].astype(tokens[0].dtype)
 
@@ -144,8 +117,8 @@ class _Layout(NamedTuple):
   """
   segment_ids: Int[Array, 'B S']
   rows: Int[Array, 'B L']
-  spans: Int[Array, 'B tiles 3']
-  bounds: Int[Array, 'B side_tiles 4']
+  spans: Int[Array, 'B tiles 5']
+  bounds: Int[Array, 'B side_tiles 6']
   firsts: Int[Array, 'B tiles']
 
 
@@ -160,45 +133,36 @@ def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
   own = block_ids >= 0
   firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
-  rows = jnp.where(own, block_ids - firsts[..., None], -1)
+  rows = jnp.where(own, block_ids - firsts[..., None], 0)
 
-  least, most = _segment_range(segment_ids.reshape(batch, -1, tile))
-  side_ids = side_segments[:, None]
-  seen = (least[..., None] <= side_ids) & (side_ids <= most[..., None])
-  first_seen, end_seen = _run(seen)
+  tokens = segment_ids.reshape(batch, -1, tile)
+  of_tokens = segment_range(tokens)
+  side_ids = side_segments[..., None]  # Tiles of one global token.
+  first_seen, end_seen = covering_run(
+      ranges_meet(of_tokens, segment_range(side_ids)))
+  first_clean, end_clean = gapless_run(all_see(tokens, side_ids))
   window = firsts - (reach - 1)
-  before = jnp.maximum(window - first_seen, 0)
-  behind = jnp.maximum(end_seen - (window + geometry.near), 0)
+  window_end = window + geometry.near
   spans = jnp.stack([
-      window + _pads(geometry, reach)[0], -(-before // tile), -(-behind // tile)
+      window + _pads(geometry, reach)[0],
+      -(-jnp.maximum(window - first_seen, 0) // tile),
+      -(-jnp.maximum(end_seen - window_end, 0) // tile),
+      jnp.where(window <= end_clean,
+                jnp.maximum(window - first_clean, 0) // tile, 0),
+      jnp.where(window_end >= first_clean,
+                jnp.maximum(end_clean - window_end, 0) // tile, 0),
   ], axis=-1)
 
   side_segments = jnp.pad(side_segments, ((0, 0), (0, -num_globals % tile)))
-  side_least, side_most = _segment_range(
-      side_segments.reshape(batch, -1, tile))
-  sees = (side_least[..., None] <= most[:, None]) & (
-      least[:, None] <= side_most[..., None])
+  side_tiles = side_segments.reshape(batch, -1, tile)
+  sees = ranges_meet(segment_range(side_tiles), of_tokens)
+  clean = all_see(tokens, side_tiles).swapaxes(1, 2)
   starts = jnp.arange(0, side_segments.shape[1], tile)[:, None]
   near = jnp.sum(lasts[:, None] + reach <= starts, axis=2)
   far = jnp.sum(firsts[:, None] < starts + tile - 1 + reach, axis=2)
-  first, end = _run(sees)
-  bounds = jnp.stack([first, near, far, end], axis=-1)
+  first, end = covering_run(sees)
+  bounds = jnp.stack([first, near, far, end, *gapless_run(clean)], axis=-1)
   return _Layout(side_segments, rows.reshape(batch, -1), spans, bounds, firsts)
-
-
-def _segment_range(segment_ids):
-  """Least and greatest segment in each tile; what lies between is nothing if
-  there is padding alone."""
-  largest = jnp.iinfo(segment_ids.dtype).max
-  real = jnp.where(segment_ids > 0, segment_ids, largest)
-  return jnp.min(real, axis=2), jnp.max(segment_ids, axis=2)
-
-
-def _run(flags):
-  """First and end, along the last axis, of what contains all that is true."""
-  index = jnp.arange(flags.shape[-1])
-  end = jnp.max(jnp.where(flags, index + 1, 0), axis=-1)
-  return jnp.min(jnp.where(flags, index, end[..., None]), axis=-1), end
 
 
 def _pads(geometry, reach):
@@ -227,10 +191,11 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
 def _fused_backward(geometry, residuals, gradient):
   tokens, bias, layout, side, output, lse = residuals
   delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
-  rows = kernels.Rows(gradient, lse, delta)
+  rows = Rows(gradient, lse, delta)
   arrays = _globals(geometry, layout, side)
   d_query, *d_rows = kernels.backward_query(geometry, tokens, arrays, rows)
-  d_key, d_value = kernels.backward_key(geometry, tokens, rows)
+  d_key, d_value = kernels.backward_key(
+      geometry, tokens._replace(bias=tokens.bias.swapaxes(2, 3)), rows)
   d_tiles = kernels.backward_local_bias(geometry, tokens, rows, _PARTS)
   d_bias, = jax.linear_transpose(partial(_local_tiles, geometry), bias)(
       jnp.sum(d_tiles, axis=(0, 1)))
@@ -252,11 +217,11 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
                 for x in (key, value))
   # Offsets of a tile's first global token to the rows of a near query tile.
   shift = reach + geometry.tile + geometry.rows
-  offsets = jnp.arange(-shift, reach + 2 * geometry.rows)
+  offsets = jnp.arange(-shift, reach + geometry.rows)
   index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
   tiles = kernels.GlobalTiles(
       key, value, layout.segment_ids, layout.bounds, layout.firsts, layout.rows,
-      _split(geometry, key.dtype, bias[:, index + reach]), arrays.far_bias)
+      bias[:, index + reach] * LOG2_E, arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
@@ -292,16 +257,15 @@ def _globals(geometry, layout, side):
   if not side:
     return None
   key, value, bias = side
-  pads = _pads(geometry, bias.shape[1] // 2)
+  reach = bias.shape[1] // 2
+  pads = _pads(geometry, reach)
   key, value = (jnp.pad(x, ((0, 0), pads, (0, 0), (0, 0)))
                 for x in (key, value))
   num_globals = side[0].shape[1]
   segment_ids = jnp.pad(layout.segment_ids[:, :num_globals], ((0, 0), pads))
-  bias = bias.astype(jnp.float32)
   return kernels.Globals(
       key, value, segment_ids, layout.rows, layout.spans,
-      _split(geometry, key.dtype, _near_rows(geometry, bias)),
-      jnp.stack([bias[:, 0], bias[:, -1]], axis=1) * LOG2_E)
+      _near_rows(geometry, bias) * LOG2_E, bias[:, ::2 * reach] * LOG2_E)
 
 
 def _banded(geometry, radius, tiles):
@@ -311,14 +275,3 @@ def _banded(geometry, radius, tiles):
   offsets = (relative[:, None, None] * geometry.tile + tile
              - tile[:, None])
   return jnp.where(np.abs(offsets) <= radius, tiles * LOG2_E, MASKED)
-
-
-def _split(geometry, dtype, bias):
-  """[parts, ...] in base 2: the bias as a sum of numbers that products of
-  operands keep exactly."""
-  bias = bias.astype(jnp.float32) * LOG2_E
-  if dtype == jnp.float32 and geometry.precision == jax.lax.Precision.HIGHEST:
-    return bias[None]
-  # As bfloat16; a pair of casts XLA would take out.
-  high = jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7)
-  return jnp.stack([high, bias - high]).astype(dtype)

@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.model.attention_choice import ATTENTION_IMPLEMENTATIONS
 from longt5_flax.model.decoder import Decoder
 from longt5_flax.model.encoder import Encoder
 from longt5_flax.model.inputs import flexible_inputs
 from longt5_flax.model.layers import REMAT_POLICIES, Embed
 
-ATTENTION_IMPLEMENTATIONS = ('reference', 'chunked', 'fused')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -34,13 +34,14 @@ class _LongT5(nn.Module):
     scan_layers: whether layers are stacked in one `layers` subtree.
     remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
       products) or 'layer' (all inside a layer).
-    attention: the implementation of the encoder's attention.
+    attention: the implementation of attention to the inputs; see
+      `choose_attention`. Only 'reference' has weights to give.
   """
   config: LongT5Config
   dtype: DTypeLike = jnp.float32
   scan_layers: bool = False
   remat: str = 'none'
-  attention: str = 'reference'
+  attention: str = 'auto'
 
   def setup(self):
     for name, known in (('remat', REMAT_POLICIES),
@@ -51,10 +52,11 @@ class _LongT5(nn.Module):
     if jnp.dtype(self.dtype).name not in DTYPES:
       raise ConfigError(f'dtype={self.dtype} must be one of {DTYPES}.')
     self.token_embedder = Embed(self.config)
-    self.encoder = Encoder(*self._stack_options(), self.attention)
+    self.encoder = Encoder(*self._stack_options())
 
-  def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str]:
-    return self.config, self.dtype, self.scan_layers, self.remat
+  def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str, str]:
+    return (self.config, self.dtype, self.scan_layers, self.remat,
+            self.attention)
 
   @flexible_inputs
   def encode(

@@ -20,8 +20,8 @@ _FREE_SECTIONS = frozenset({
     'checkpoint', 'eval', 'init_from', 'log_every_steps', 'mesh', 'profile',
     'schedule', 'steps'})
 _FREE_KEYS = frozenset({
-    'data.tfds_dir', 'data.validation_path', 'data.validation_split',
-    'data.workers', 'loss.chunk_mib',
+    'data.task_dir', 'data.tfds_dir', 'data.validation_path',
+    'data.validation_split', 'data.workers', 'loss.chunk_mib',
     'optimizer.microbatches', 'precision.attention', 'precision.dtype',
     'precision.remat'})
 
@@ -115,7 +115,7 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any],
   Raises:
     ConfigError: a value differs that decides shapes or the order of data.
   """
-  old, new = dict(_flatten(saved)), dict(_flatten(config))
+  old, new = flatten(saved), flatten(config)
   for name in sorted(old.keys() | new.keys()):
     section = name.split('.')[0]
     if section in _FREE_SECTIONS or name in _FREE_KEYS:
@@ -126,12 +126,15 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any],
           f'{new.get(name)!r}: keep the value, or choose another --workdir.')
 
 
-def _flatten(tree, prefix=''):
-  for name, value in tree.items():
+def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """The values of a config by the names that the command line has for them."""
+  values: dict[str, Any] = {}
+  for name, value in config.items():
     if isinstance(value, dict):
-      yield from _flatten(value, f'{prefix}{name}.')
+      values |= flatten(value, f'{prefix}{name}.')
     else:
-      yield prefix + name, list(value) if isinstance(value, tuple) else value
+      values[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return values
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:

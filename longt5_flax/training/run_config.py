@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from longt5_flax.config import ConfigError, LongT5Config
-from longt5_flax.model.layers import REMAT_POLICIES
-from longt5_flax.model.longt5 import (
+from longt5_flax.model.attention_choice import (
     ATTENTION_IMPLEMENTATIONS,
-    DTYPES,
-    LongT5ForConditionalGeneration,
+    AttentionChoice,
+    check_attention,
+    choose_attention,
 )
+from longt5_flax.model.layers import REMAT_POLICIES
+from longt5_flax.model.longt5 import DTYPES, LongT5ForConditionalGeneration
 from longt5_flax.training.init_from import check_spec
 from longt5_flax.training.optimizer import make_optimizer
 from longt5_flax.training.schedules import make_schedule
@@ -129,8 +131,24 @@ def check_batch(config: Any, row_parts: int) -> None:
         f'= {row_parts} times optimizer.microbatches={microbatches}.')
 
 
-def check_vocabulary(vocabulary: Any, model: LongT5Config,
-                     name: str = 'data.vocabulary') -> None:
+def attention_choice(config: Any, platform: str) -> AttentionChoice:
+  """What attends to the inputs of a run.
+
+  Args:
+    config: the run's.
+    platform: of its devices.
+
+  Raises:
+    ConfigError: the platform has no kernels, and they are asked for.
+  """
+  asked, model = config.precision.attention, model_config(config.model)
+  check_attention(asked, model, platform)
+  return choose_attention(asked, model, config.data.inputs_length, platform)
+
+
+def check_vocabulary(
+    vocabulary: Any, model: LongT5Config, name: str = 'data.vocabulary',
+    remedy: str = 'raise that, or lower data.extra_ids.') -> None:
   """Refuses a vocabulary of other special ids, or one that the embedding has
   no rows for.
 
@@ -138,6 +156,7 @@ def check_vocabulary(vocabulary: Any, model: LongT5Config,
     vocabulary: with `size`, `pad_id` and `eos_id`.
     model: the architecture.
     name: of the vocabulary, for messages.
+    remedy: what to do about one that is too large, for messages.
   """
   for theirs, ours in (('pad_id', 'pad_token_id'), ('eos_id', 'eos_token_id')):
     if getattr(vocabulary, theirs) != getattr(model, ours):
@@ -147,8 +166,7 @@ def check_vocabulary(vocabulary: Any, model: LongT5Config,
   if vocabulary.size > model.vocab_size:
     raise ConfigError(
         f'{name} has {vocabulary.size} ids with its sentinels, more '
-        f'than model.vocab_size={model.vocab_size}: raise that, or lower '
-        'data.extra_ids.')
+        f'than model.vocab_size={model.vocab_size}: {remedy}')
 
 
 def _value(config, name):

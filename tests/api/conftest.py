@@ -11,7 +11,8 @@ from longt5_flax.api import programs
 def quick_programs():
   with pytest.MonkeyPatch.context() as patch:
     for name, static in (('init', (0, 1)), ('apply', (0, 1, 2)),
-                         ('init_cache', (0, 1)), ('write', (0, 1))):
+                         ('init_cache', (0, 1)), ('write', (0, 1)),
+                         ('write_first', (0, 1)), ('write_next', (0, 1))):
       patch.setattr(programs, name, quick(getattr(programs, name), static))
     yield
 

@@ -159,6 +159,30 @@ def test_draws_by_key():
   assert not np.array_equal(first, other)
 
 
+@pytest.mark.parametrize('options', [
+    {}, {'do_sample': True, 'top_k': 9, 'prng_key': jax.random.key(3)},
+    {'decoder_input_ids': np.full((5, 3), 57), 'repetition_penalty': 1.5}])
+def test_stream_is_generate_token_by_token(options):
+  """Up to the last end: the third token of a row ends it here."""
+  case = golden.load('hf_tglobal_untied')
+  model, ids = model_of('hf_tglobal_untied'), case['input_ids']
+  start = options.get('decoder_input_ids', np.zeros((5, 0))).shape[1] + 1
+  free = model.generate(ids, max_new_tokens=8, **options).sequences
+  options = options | {'max_new_tokens': 8, 'eos_token_id': [
+      1, *(set(free[:, start + 2].tolist()) - {0, 1})]}
+  written = np.stack(list(model.stream(ids, **options)), axis=1)
+  expected = model.generate(ids, **options).sequences[:, start:]
+  assert written.shape[1] <= 3
+  np.testing.assert_array_equal(written, expected[:, :written.shape[1]])
+  assert not np.any(expected[:, written.shape[1]:])
+
+
+def test_no_stream_of_beams():
+  case = golden.load('hf_tglobal_untied')
+  with pytest.raises(GenerationError, match=r'num_beams=2 must be 1 for'):
+    model_of('hf_tglobal_untied').stream(case['input_ids'], num_beams=2)
+
+
 # Settings.
 
 

@@ -1,6 +1,8 @@
-"""The models by Hugging Face's calling conventions, against its numbers."""
+"""The models by Hugging Face's calling conventions, against its numbers, by
+parameters that save_pretrained has written and from_pretrained read."""
 
 import functools
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,9 @@ def model_of(name, model_class=FlaxLongT5ForConditionalGeneration):
   case = golden.load(name)
   model = model_class(case.config, _do_init=False)
   model.params = case.params
-  return model
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    return model_class.from_pretrained(folder)
 
 
 @functools.cache

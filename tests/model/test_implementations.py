@@ -12,15 +12,22 @@ import pytest
 import golden
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 from longt5_flax.config import ConfigError
-from longt5_flax.model import encoder
-from longt5_flax.model.attention import GlobalTokens, local_attention
+from longt5_flax.model import decoder, encoder
+from longt5_flax.model import segment_attention as model_segment_attention
+from longt5_flax.model.attention import (
+    GlobalTokens,
+    full_attention,
+    local_attention,
+)
 from longt5_flax.model.chunked_attention import chunked_attention
-from longt5_flax.model.fused_attention import KernelOptions, fused_attention
+from longt5_flax.model.fused_attention import fused_attention
 from longt5_flax.model.global_tokens import (
     assign_global_blocks,
     segment_positions,
 )
+from longt5_flax.model.kernels.calls import KernelOptions
 from longt5_flax.model.relative_position import bucket_reach
+from longt5_flax.model.segment_attention import segment_attention
 from longt5_flax.training import partitioning
 
 HEADS, HEAD_SIZE = 2, 8
@@ -38,6 +45,11 @@ on_gpu = pytest.mark.gpu
 
 def fused(*inputs, tile=64):
   return fused_attention(*inputs, KernelOptions(tile, interpret=True))
+
+
+def fused_on_a_tpu(*inputs):
+  return fused_attention(
+      *inputs, KernelOptions(16, interpret=True, platform='tpu'))
 
 
 def segments(rows, length):
@@ -131,11 +143,78 @@ def test_fused_equals_reference(layout, radius, block_size, reach):
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
+@pytest.mark.parametrize('layout, radius, block_size, reach, shape, dtype', [
+    ('padded', 7, 0, 6, (2, 8), 'float32'),
+    ('padded', 30, 4, 6, (3, 64), 'float32'),
+    ('packed', 7, 16, 2, (2, 8), 'float16'),
+    ('long', 7, 4, 6, (2, 8), 'float32'),
+    ('long', 20, 2, 40, (1, 140), 'float32')])
+def test_fused_on_a_tpu_equals_reference(
+    layout, radius, block_size, reach, shape, dtype):
+  """A radius below a block and of several; heads that fill a group, are filled
+  up to one and are larger; float16, which is computed in float32."""
+  segment_ids = segments(LAYOUTS[layout], SIZES[layout][0])
+  arrays, with_rest = random_inputs(
+      segment_ids, radius, block_size, reach, shape)
+  golden.assert_trees_close(
+      values_and_gradients(fused_on_a_tpu, arrays,
+                           in_dtype(jnp.dtype(dtype), with_rest), segment_ids),
+      values_and_gradients(reference, arrays, with_rest, segment_ids))
+
+
+def targets_and_inputs(target_rows, input_rows, lengths, shape):
+  """Arrays with a gradient, and the segments of targets and inputs."""
+  ids = tuple(segments(rows, length) for rows, length in zip(
+      (target_rows, input_rows), lengths, strict=True))
+  keys = jax.random.split(jax.random.key(3), 3)
+  arrays = {name: jax.random.normal(key, (*of.shape, *shape))
+            for name, key, of in zip(
+                ('query', 'key', 'value'), keys, (ids[0], *ids[1:] * 2),
+                strict=True)}
+  return arrays, ids
+
+
+def whole_segments(query, key, value, query_segments, segment_ids, dtype):
+  """What `segment_attention` computes, from all scores."""
+  sees = (query_segments[:, :, None] == segment_ids[:, None]) & (
+      segment_ids[:, None] > 0)
+  output, _ = full_attention(query, key, value, None, sees[:, None], dtype)
+  return jnp.where(jnp.any(sees, axis=2)[..., None, None], output, 0)
+
+
+def segment_values_and_gradients(attend, arrays, ids, dtype=jnp.float32):
+  def with_rest(arrays):
+    return (*(arrays[name] for name in ('query', 'key', 'value')), *ids, dtype)
+
+  return values_and_gradients(attend, arrays, with_rest, ids[0])
+
+
+# Segments that end anywhere, of targets without inputs and the other way
+# round; keys of a tile of queries shared by several programs, or not.
+@pytest.mark.parametrize('target_rows, input_rows, programs', [
+    ([[20], [7]], [[100], [41]], 1),
+    ([[10, 3, 1, 20], [5, 16]], [[50, 3, 1, 30], [1, 99]], 512),
+    ([[5, 6, 7], [40]], [[50, 30], [20, 1, 60]], 30)])
+def test_segment_attention_equals_reference(
+    target_rows, input_rows, programs, monkeypatch):
+  monkeypatch.setattr(model_segment_attention, '_PROGRAMS', programs)
+  arrays, ids = targets_and_inputs(
+      target_rows, input_rows, (40, 100), (HEADS, HEAD_SIZE))
+  attend = functools.partial(
+      segment_attention, options=KernelOptions(16, interpret=True))
+  golden.assert_trees_close(
+      segment_values_and_gradients(attend, arrays, ids),
+      segment_values_and_gradients(whole_segments, arrays, ids))
+
+
 def check_rounding(attend, dtype, arrays, with_rest, segment_ids):
   """As close to float32 as operands in that dtype allow."""
   exact = values_and_gradients(reference, arrays, with_rest, segment_ids)
-  narrow = values_and_gradients(
-      attend, arrays, in_dtype(dtype, with_rest), segment_ids)
+  check_errors(values_and_gradients(
+      attend, arrays, in_dtype(dtype, with_rest), segment_ids), exact, dtype)
+
+
+def check_errors(narrow, exact, dtype):
   rounding = float(jnp.finfo(dtype).eps)
   for name, value in exact.items():
     error = float(np.linalg.norm(narrow[name] - value) / np.linalg.norm(value))
@@ -143,11 +222,12 @@ def check_rounding(attend, dtype, arrays, with_rest, segment_ids):
     assert rounding / 8 < error < 8 * rounding, f'{name}: {error:.3g}'
 
 
-def test_fused_rounds_as_bfloat16_does():
+@pytest.mark.parametrize('attend', [
+    functools.partial(fused, tile=16), fused_on_a_tpu], ids=['gpu', 'tpu'])
+def test_fused_rounds_as_bfloat16_does(attend):
   segment_ids = segments(LAYOUTS['packed'], 100)
   arrays, with_rest = random_inputs(segment_ids, 7, 4, 6)
-  check_rounding(functools.partial(fused, tile=16), jnp.bfloat16, arrays,
-                 with_rest, segment_ids)
+  check_rounding(attend, jnp.bfloat16, arrays, with_rest, segment_ids)
 
 
 def test_fused_on_a_mesh():
@@ -166,6 +246,8 @@ def test_fused_on_a_mesh():
 def test_in_the_model(monkeypatch):
   """Gradients of stacked, recomputed layers with dropout."""
   monkeypatch.setattr(encoder, 'fused_attention', fused)
+  monkeypatch.setattr(decoder, 'segment_attention', functools.partial(
+      segment_attention, options=KernelOptions(16, interpret=True)))
   config = LongT5Config(
       vocab_size=50, d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=2,
       local_radius=7, global_block_size=4, dropout_rate=0.3,
@@ -214,11 +296,36 @@ def test_fused_is_compiled_for_cuda():
     assert f'longt5_attention_{kernel}' in lowered.as_text()
 
 
-def test_fused_needs_a_gpu():
+def test_segment_attention_is_compiled_for_cuda():
+  arrays, ids = real_targets()
+  compiled = jax.jit(jax.grad(lambda arrays: jnp.sum(
+      segment_attention(arrays['query'], arrays['key'], arrays['value'], *ids,
+                        jnp.bfloat16))))
+  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+    lowered = compiled.trace(arrays).lower(lowering_platforms=('cuda',))
+  for kernel in ('forward', 'backward_query', 'backward_key'):
+    assert f'longt5_segment_attention_{kernel}' in lowered.as_text()
+
+
+def real_targets():
+  """Base's heads; a row of one document, and a packed one."""
+  return targets_and_inputs(
+      [[500], [100, 3, 200]], [[4096], [1500, 3, 1000, 700]], (512, 4096),
+      (12, 64))
+
+
+def test_fused_needs_a_gpu_or_a_tpu():
   segment_ids = segments([[8]], 8)
   arrays, with_rest = random_inputs(segment_ids, 1, 0, 0)
-  with pytest.raises(ConfigError, match="needs an NVIDIA GPU, not 'cpu'"):
+  with pytest.raises(ConfigError, match="GPU or a TPU, not 'cpu'"):
     fused_attention(*with_rest(arrays))
+
+
+def test_fused_on_a_tpu_needs_a_radius_that_fits():
+  segment_ids = segments([[8]], 8)
+  arrays, with_rest = random_inputs(segment_ids, 513, 0, 0)
+  with pytest.raises(ConfigError, match='local_radius=513 must be at most 512'):
+    fused_on_a_tpu(*with_rest(arrays))
 
 
 @on_gpu
@@ -231,6 +338,18 @@ def test_fused_on_a_gpu(dtype):
         values_and_gradients(reference, arrays, with_rest, segment_ids))
   else:
     check_rounding(fused_attention, dtype, arrays, with_rest, segment_ids)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_segment_attention_on_a_gpu(dtype):
+  arrays, ids = real_targets()
+  exact = segment_values_and_gradients(whole_segments, arrays, ids)
+  found = segment_values_and_gradients(segment_attention, arrays, ids, dtype)
+  if dtype == jnp.float32:
+    golden.assert_trees_close(found, exact)
+  else:
+    check_errors(found, exact, dtype)
 
 
 @on_gpu

@@ -2,7 +2,7 @@
 
 Long because forward and backward share one geometry: tiles of tokens, tiles of
 global tokens around them, and biases by offset. `fused_attention` says what
-they compute. Scores are in base 2: exp2 is the instruction that GPUs have.
+they compute.
 
 A query tile meets three kinds of key tiles:
 
@@ -26,32 +26,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-LOG2_E = 1.4426950408889634
-# Of what the band or the segments hide. Finite: a difference of two is 0.
-MASKED = -1e30
-_STAGES = 2
-_WARPS = 4
+from longt5_flax.model.kernels import triton_tiles as tiles
+from longt5_flax.model.kernels.triton_tiles import Rows, Tiling
 
 
 class Geometry(NamedTuple):
   """What is known when a kernel is compiled.
 
   Attributes:
-    tile: tokens, and global tokens, of a tile.
+    tiling: of tokens, and of global tokens.
     reach_tiles: local key tiles on either side of a query tile's own.
-    rows: of the one-hot matrices.
+    rows: of the near bias: blocks that tokens of a tile may be in.
     near: global tokens of the near window; 0 without global tokens.
-    precision: of products of float32 operands.
-    interpret: run on any device, slowly.
   """
-  tile: int
+  tiling: Tiling
   reach_tiles: int
   rows: int
   near: int
-  precision: jax.lax.Precision
-  interpret: bool
+
+  @property
+  def tile(self) -> int:
+    return self.tiling.tile
 
   @property
   def local_tiles(self) -> int:
@@ -64,7 +60,8 @@ class Tokens(NamedTuple):
   Attributes:
     query, key, value: [B, L, H, K].
     segment_ids: [B, L], 0 is padding.
-    bias: [H, local_tiles, tile, tile] in base 2, the band cut out.
+    bias: [H, local_tiles, tile, tile] in base 2, the band cut out; queries and
+      keys, the other way round for the gradients of keys.
   """
   query: Any
   key: Any
@@ -79,12 +76,13 @@ class Globals(NamedTuple):
   Attributes:
     key, value: [B, P, H, K], padded on both sides so that no window leaves it.
     segment_ids: [B, P], 0 is none.
-    rows: [B, L], which row of its tile's one-hot matrix a token has. Without a
-      block, -1: its segment has no global token that it could see.
-    spans: [B, L / tile, 3]: where the near window of a query tile begins in P,
-      and how many far tiles lie before and behind it.
-    near_bias: [parts, H, rows, near], whose parts add up.
-    far_bias: [H, 2], before and behind.
+    rows: [B, L], which row of the near bias a token has; any without a block:
+      its segment has no global token that it could see.
+    spans: [B, L / tile, 5]: where the near window of a query tile begins in P;
+      how many far tiles lie before and behind it; and of how many of them, the
+      nearest, every query sees every key.
+    near_bias: [H, rows, near] in base 2.
+    far_bias: [H, 2] in base 2, before and behind.
   """
   key: Any
   value: Any
@@ -101,12 +99,13 @@ class GlobalTiles(NamedTuple):
   Attributes:
     key, value: [B, S, H, K], whole tiles.
     segment_ids: [B, S].
-    bounds: [B, S / tile, 4]: of the query tiles that a tile is seen by, from
+    bounds: [B, S / tile, 6]: of the query tiles that a tile is seen by, from
       the first to the last: where those begin to which it is far behind, near,
-      far before, and where they end.
-    firsts: [B, L / tile], the block that has row 0 in a query tile.
+      far before, and where they end; and from which to before which of them
+      every query sees every key.
+    firsts: [B, L / tile], the block that has row 0 of a query tile.
     rows: see `Globals`.
-    bias: [parts, H, offsets, tile]: row o is the bias at offsets from
+    bias: [H, offsets, tile] in base 2: row o is the bias at offsets from
       o - shift on, where `shift` is an argument.
     far_bias: see `Globals`.
   """
@@ -120,73 +119,60 @@ class GlobalTiles(NamedTuple):
   far_bias: Any
 
 
-def _dot(geometry, a, b):
-  if geometry.interpret:  # Not every CPU has products of bfloat16; exact.
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  return jax.lax.dot(a, b, precision=geometry.precision,
-                     preferred_element_type=jnp.float32)
-
-
-def _at(index, size):
-  """The index-th run of `size` elements."""
-  return pl.ds(pl.multiple_of(index * size, size), size)
-
-
-def _scores(geometry, query, key, bias, query_segments, key_segments):
-  scores = _dot(geometry, query, key.T) * LOG2_E + bias
-  same = query_segments[:, None] == key_segments[None, :]
-  return jnp.where(same, scores, MASKED)
-
-
-def _one_hot(geometry, rows, dtype):
-  columns = jax.lax.broadcasted_iota(
-      jnp.int32, (geometry.tile, geometry.rows), 1)
-  return (rows[:, None] == columns).astype(dtype)
-
-
-def _spread(geometry, one_hot, parts):
-  """[tile, tile]: the bias of each token's row."""
-  return sum(_dot(geometry, one_hot, part) for part in parts)
-
-
 class _Side(NamedTuple):
   """One query tile's view of the global tokens, inside a kernel."""
   refs: Globals
-  one_hot: Any
+  rows: Any
   window: Any
   before: Any
   behind: Any
+  clean_before: Any
+  clean_behind: Any
 
   def near(self, geometry, i):
-    """Start of the i-th tile of the near window, and its bias."""
-    part = pl.ds(i * geometry.tile, geometry.tile)
-    bias = self.refs.near_bias
-    return self.window + i * geometry.tile, _spread(
-        geometry, self.one_hot, [bias[p, :, part] for p in
-                                 range(bias.shape[0])])
+    """The i-th tile of the near window, and its bias."""
+    bias = self.refs.near_bias[self.rows, tiles.at(i, geometry.tile)]
+    return self._load(geometry, self.window + i * geometry.tile), bias
 
-  def far_before(self, geometry, i):
-    return (self.window - (i + 1) * geometry.tile, self.refs.far_bias[0])
+  def far(self, geometry, is_before, i):
+    """The i-th far tile on one side, and its bias."""
+    start = jnp.where(
+        is_before, self.window - (i + 1) * geometry.tile,
+        self.window + geometry.near + i * geometry.tile)
+    bias = self.refs.far_bias[jnp.where(is_before, 0, 1)]
+    return self._load(geometry, start), bias
 
-  def far_behind(self, geometry, i):
-    return (self.window + geometry.near + i * geometry.tile,
-            self.refs.far_bias[1])
+  def fold_far(self, some, every, carry):
+    """Goes through the far tiles, (is it before, which one, carry) -> carry:
+    with `every` through those of which every query sees every key, with `some`
+    through others."""
+    def clean(i, carry):
+      is_before = i < self.clean_before
+      return every(
+          is_before, i - jnp.where(is_before, 0, self.clean_before), carry)
 
-  def load(self, geometry, start):
+    before = self.before - self.clean_before
+
+    def masked(i, carry):
+      is_before = i < before
+      first = jnp.where(
+          is_before, self.clean_before, self.clean_behind - before)
+      return some(is_before, first + i, carry)
+
+    carry = jax.lax.fori_loop(
+        0, self.clean_before + self.clean_behind, clean, carry)
+    return jax.lax.fori_loop(
+        0, before + self.behind - self.clean_behind, masked, carry)
+
+  def _load(self, geometry, start):
     part = pl.ds(start, geometry.tile)
-    return (self.refs.key[part, :], self.refs.value[part, :],
-            self.refs.segment_ids[part])
+    return tiles.Keys(self.refs.key[part, :], self.refs.value[part, :],
+                      self.refs.segment_ids[part])
 
 
 def _side(geometry, refs, tile):
-  rows = refs.rows[_at(tile, geometry.tile)]
-  return _Side(refs, _one_hot(geometry, rows, refs.near_bias.dtype),
-               *(refs.spans[i] for i in range(3)))
-
-
-def _load(geometry, refs, tile):
-  part = _at(tile, geometry.tile)
-  return refs.key[part, :], refs.value[part, :], refs.segment_ids[part]
+  rows = refs.rows[tiles.at(tile, geometry.tile)]
+  return _Side(refs, rows, *(refs.spans[i] for i in range(5)))
 
 
 def _local_range(geometry, tile, length):
@@ -199,143 +185,110 @@ def _local_range(geometry, tile, length):
 def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
   tile = pl.program_id(2)
   query = tokens.query[...]
-  segments = tokens.segment_ids[_at(tile, geometry.tile)]
+  segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
 
-  def attend(carry, keys, bias):
-    key, value, key_segments = keys
-    top, total, output = carry
-    scores = _scores(geometry, query, key, bias, segments, key_segments)
-    new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-    shrink = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores - new_top[:, None])
-    output = output * shrink[:, None] + _dot(
-        geometry, weights.astype(value.dtype), value)
-    return new_top, total * shrink + jnp.sum(weights, axis=1), output
+  attend = partial(tiles.attend, geometry.tiling, query, segments)
 
-  def local(j, carry):
-    return attend(carry, _load(geometry, tokens, j),
-                  tokens.bias[j - tile + geometry.reach_tiles])
+  def local(j, softmax):
+    return attend(tiles.load_keys(geometry.tiling, tokens, j),
+                  tokens.bias[j - tile + geometry.reach_tiles], softmax)
 
-  carry = (jnp.full((geometry.tile,), MASKED, jnp.float32),
-           jnp.zeros((geometry.tile,), jnp.float32),
-           jnp.zeros(query.shape, jnp.float32))
   first, end = _local_range(geometry, tile, tokens.key.shape[0])
-  carry = jax.lax.fori_loop(first, end, local, carry)
+  softmax = jax.lax.fori_loop(
+      first, end, local, tiles.no_keys(geometry.tiling, query.shape[1]))
   if side_refs is not None:
     side = _side(geometry, side_refs, tile)
 
-    def step(where, i, carry):
-      start, bias = where(geometry, i)
-      return attend(carry, side.load(geometry, start), bias)
+    def near(i, softmax):
+      keys, bias = side.near(geometry, i)
+      return attend(keys, bias, softmax)
 
-    for i in range(geometry.near // geometry.tile):
-      carry = step(side.near, i, carry)
-    carry = jax.lax.fori_loop(
-        0, side.before, partial(step, side.far_before), carry)
-    carry = jax.lax.fori_loop(
-        0, side.behind, partial(step, side.far_behind), carry)
-  top, total, output = carry
-  real = segments > 0
-  out_ref[...] = jnp.where(
-      real[:, None], output / total[:, None], 0).astype(out_ref.dtype)
-  # What padding sees must have no weight in the backward pass.
-  lse_ref[...] = jnp.where(real, top + jnp.log2(total), -MASKED)
+    def some(is_before, i, softmax):
+      keys, bias = side.far(geometry, is_before, i)
+      return attend(keys, bias, softmax)
 
+    def every(is_before, i, softmax):
+      keys, bias = side.far(geometry, is_before, i)
+      return tiles.attend_to_all(geometry.tiling, query, keys, bias, softmax)
 
-def _weights_and_gradient(geometry, query, segments, keys, bias, of_rows):
-  """Weights, and the gradient of scores in base e."""
-  key, value, key_segments = keys
-  gradient, lse, delta = of_rows
-  scores = _scores(geometry, query, key, bias, segments, key_segments)
-  weights = jnp.exp2(scores - lse[:, None])
-  d_weights = _dot(geometry, gradient, value.T)
-  return weights, weights * (d_weights - delta[:, None])
-
-
-class Rows(NamedTuple):
-  """What the backward pass knows of queries.
-
-  Attributes:
-    gradient: of what they attended to, [B, L, H, K].
-    lse: the logarithm in base 2 of each softmax's sum, [B, H, L].
-    delta: the product of gradient and output, [B, H, L].
-  """
-  gradient: Any
-  lse: Any
-  delta: Any
-
-  def load(self, geometry, tile):
-    part = _at(tile, geometry.tile)
-    return self.gradient[part, :], self.lse[part], self.delta[part]
+    softmax = jax.lax.fori_loop(
+        0, geometry.near // geometry.tile, near, softmax)
+    softmax = side.fold_far(some, every, softmax)
+  # A real token sees itself.
+  tiles.write(softmax, segments > 0, out_ref, lse_ref)
 
 
 def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
                     d_near_ref=None, d_far_ref=None):
   tile = pl.program_id(2)
   query = tokens.query[...]
-  segments = tokens.segment_ids[_at(tile, geometry.tile)]
-  of_rows = rows.load(geometry, tile)
+  segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
+  of_rows = rows.load(geometry.tiling, tile)
 
-  def scores_gradient(keys, bias):
-    key = keys[0]
-    _, d_scores = _weights_and_gradient(
-        geometry, query, segments, keys, bias, of_rows)
-    return d_scores, _dot(geometry, d_scores.astype(key.dtype), key)
+  def add(segments, keys, bias, d_query):
+    _, d_scores = tiles.weights_and_gradient(
+        geometry.tiling, query, segments, keys, bias, of_rows)
+    return d_scores, d_query + tiles.apart(geometry.tiling, tiles.dot(
+        geometry.tiling, d_scores.astype(keys.key.dtype), keys.key))
 
   def local(j, d_query):
-    return d_query + scores_gradient(
-        _load(geometry, tokens, j),
-        tokens.bias[j - tile + geometry.reach_tiles])[1]
+    return add(segments, tiles.load_keys(geometry.tiling, tokens, j),
+               tokens.bias[j - tile + geometry.reach_tiles], d_query)[1]
 
   first, end = _local_range(geometry, tile, tokens.key.shape[0])
   d_query = jax.lax.fori_loop(
       first, end, local, jnp.zeros(query.shape, jnp.float32))
   if side_refs is not None:
     side = _side(geometry, side_refs, tile)
-    for i in range(geometry.near // geometry.tile):
-      start, bias = side.near(geometry, i)
-      d_scores, more = scores_gradient(side.load(geometry, start), bias)
-      d_query += more
-      d_near_ref[:, i * geometry.tile:(i + 1) * geometry.tile] = _dot(
-          geometry, side.one_hot.T, d_scores.astype(side.one_hot.dtype))
+    rows = jax.lax.broadcasted_iota(
+        jnp.int32, (geometry.rows, geometry.tile), 0)
+    one_hot = (rows == side.rows[None, :]).astype(query.dtype)
 
-    def far(where, i, carry):
-      d_query, d_bias = carry
-      start, bias = where(geometry, i)
-      d_scores, more = scores_gradient(side.load(geometry, start), bias)
-      return d_query + more, d_bias + jnp.sum(d_scores, axis=1)
+    def near(i, d_query):
+      keys, bias = side.near(geometry, i)
+      d_scores, d_query = add(segments, keys, bias, d_query)
+      d_near_ref[:, tiles.at(i, geometry.tile)] = tiles.dot(
+          geometry.tiling, one_hot, d_scores.astype(query.dtype))
+      return d_query
 
+    def far(segments, is_before, i, carry):
+      d_query, d_before, d_behind = carry
+      keys, bias = side.far(geometry, is_before, i)
+      d_scores, d_query = add(segments, keys, bias, d_query)
+      d_bias = jnp.sum(d_scores, axis=1)
+      return (d_query, d_before + jnp.where(is_before, d_bias, 0),
+              d_behind + jnp.where(is_before, 0, d_bias))
+
+    d_query = jax.lax.fori_loop(
+        0, geometry.near // geometry.tile, near, d_query)
     zeros = jnp.zeros((geometry.tile,), jnp.float32)
-    for i, (where, count) in enumerate([
-        (side.far_before, side.before), (side.far_behind, side.behind)]):
-      d_query, d_bias = jax.lax.fori_loop(
-          0, count, partial(far, where), (d_query, zeros))
+    d_query, *d_far = side.fold_far(
+        partial(far, segments), partial(far, None), (d_query, zeros, zeros))
+    for i, d_bias in enumerate(d_far):
       d_far_ref[i] = jnp.sum(d_bias)
   d_query_ref[...] = d_query.astype(d_query_ref.dtype)
 
 
-def _key_value_gradient(geometry, carry, tokens, i, keys, bias, rows):
+def _add_key_gradient(geometry, tokens, rows, i, keys, bias, gradients,
+                      is_masked=True):
   """Adds what the i-th query tile says of a tile of keys and values."""
-  d_key, d_value = carry
-  part = _at(i, geometry.tile)
-  query, of_rows = tokens.query[part, :], rows.load(geometry, i)
-  weights, d_scores = _weights_and_gradient(
-      geometry, query, tokens.segment_ids[part], keys, bias, of_rows)
-  gradient = of_rows[0]
-  return (d_key + _dot(geometry, d_scores.astype(query.dtype).T, query),
-          d_value + _dot(geometry, weights.astype(gradient.dtype).T, gradient))
+  part = tiles.at(i, geometry.tile)
+  segments = tokens.segment_ids[part] if is_masked else None
+  return tiles.add_key_gradient(
+      geometry.tiling, tokens.query[part, :], segments, keys, bias,
+      rows.load(geometry.tiling, i), gradients)
 
 
 def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
   tile = pl.program_id(2)
-  keys = _load(geometry, tokens, tile)
+  keys = tiles.load_keys(geometry.tiling, tokens, tile)
 
-  def of_query_tile(i, carry):
-    return _key_value_gradient(
-        geometry, carry, tokens, i, keys,
-        tokens.bias[tile - i + geometry.reach_tiles], rows)
+  def of_query_tile(i, gradients):
+    return _add_key_gradient(
+        geometry, tokens, rows, i, keys,
+        tokens.bias[tile - i + geometry.reach_tiles], gradients)
 
-  zeros = jnp.zeros(keys[0].shape, jnp.float32)
+  zeros = jnp.zeros(keys.key.shape, jnp.float32)
   first, end = _local_range(geometry, tile, tokens.key.shape[0])
   d_key, d_value = jax.lax.fori_loop(
       first, end, of_query_tile, (zeros, zeros))
@@ -347,43 +300,37 @@ def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
                    d_value_ref):
   """Part p of the query tiles that a tile of global tokens is seen by."""
   tile, part, parts = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  keys = side.key[...], side.value[...], side.segment_ids[...]
-  start, near, far, end = (side.bounds[i] for i in range(4))
+  keys = tiles.Keys(side.key[...], side.value[...], side.segment_ids[...])
+  start, near, far, end, clean_first, clean_end = (
+      side.bounds[i] for i in range(6))
   size = (end - start + parts - 1) // parts
   start = start + part * size
-  end = jnp.minimum(start + size, end)
-
-  def behind(i):
-    del i
-    return side.far_bias[1]
+  end = jnp.maximum(start, jnp.minimum(start + size, end))
 
   def within(i):
-    # Row r of the one-hot matrix is block firsts[i] + r; the rows of the bias
-    # go up with the offset, hence down with the block.
-    offset = tile * geometry.tile - side.firsts[i] - geometry.rows + 1
-    lines = pl.ds(offset + shift, geometry.rows)
-    token_rows = side.rows[_at(i, geometry.tile)]
-    from_last = jnp.where(token_rows >= 0, geometry.rows - 1 - token_rows, -1)
-    one_hot = _one_hot(geometry, from_last, side.bias.dtype)
-    return _spread(geometry, one_hot, [side.bias[p, lines, :]
-                                       for p in range(side.bias.shape[0])])
+    # Rows of the bias go up with the offset, hence down with the block.
+    offset = tile * geometry.tile - side.firsts[i] + shift
+    return side.bias[offset - side.rows[tiles.at(i, geometry.tile)], :].T
 
-  def before(i):
-    del i
-    return side.far_bias[0]
+  def add_near(i, gradients):
+    return _add_key_gradient(
+        geometry, tokens, rows, i, keys, within(i), gradients)
 
-  def of_query_tile(bias, i, carry):
-    return _key_value_gradient(
-        geometry, carry, tokens, i, keys, bias(i), rows)
+  def add_far(bias, is_masked, i, gradients):
+    return _add_key_gradient(
+        geometry, tokens, rows, i, keys, bias, gradients, is_masked)
 
-  zeros = jnp.zeros(keys[0].shape, jnp.float32)
-  carry = zeros, zeros
-  for bias, first, last in ((behind, start, near), (within, near, far),
-                            (before, far, end)):
-    carry = jax.lax.fori_loop(
-        jnp.maximum(first, start), jnp.minimum(last, end),
-        partial(of_query_tile, bias), carry)
-  d_key_ref[...], d_value_ref[...] = carry
+  near, far = tiles.clip_span((near, far), start, end)
+  zeros = jnp.zeros(keys.key.shape, jnp.float32)
+  gradients = jax.lax.fori_loop(near, far, add_near, (zeros, zeros))
+  for bias, first, last in ((side.far_bias[1], start, near),
+                            (side.far_bias[0], far, end)):
+    hole = tiles.clip_span((clean_first, clean_end), first, last)
+    gradients = tiles.fold_around(
+        first, last, hole, partial(add_far, bias, True), gradients)
+    gradients = jax.lax.fori_loop(
+        *hole, partial(add_far, bias, False), gradients)
+  d_key_ref[...], d_value_ref[...] = gradients
 
 
 def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
@@ -394,10 +341,11 @@ def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
   count = tokens.query.shape[0] // geometry.tile
 
   def of_query_tile(i, d_bias):
-    part = _at(i, geometry.tile)
-    _, d_scores = _weights_and_gradient(
-        geometry, tokens.query[part, :], tokens.segment_ids[part],
-        _load(geometry, tokens, i + relative), bias, rows.load(geometry, i))
+    part = tiles.at(i, geometry.tile)
+    _, d_scores = tiles.weights_and_gradient(
+        geometry.tiling, tokens.query[part, :], tokens.segment_ids[part],
+        tiles.load_keys(geometry.tiling, tokens, i + relative), bias,
+        rows.load(geometry.tiling, i))
     return d_bias + d_scores
 
   parts = pl.num_programs(3)
@@ -409,66 +357,25 @@ def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
       of_query_tile, jnp.zeros(bias.shape, jnp.float32))
 
 
-# How arrays are cut for the grids: `_whole` for all of a row, `_tiles` for the
-# program's tile of it. Grids begin with row and head.
-
-
-def _whole(x):
-  """[B, n, H, K] without batch and head, or [B, n] without batch."""
-  if x.ndim == 2:
-    return pl.BlockSpec((None, x.shape[1]), lambda b, *_: (b, 0))
-  return pl.BlockSpec((None, x.shape[1], None, x.shape[3]),
-                      lambda b, h, *_: (b, 0, h, 0))
-
-
-def _tiles(x, size):
-  if x.ndim == 2:
-    return pl.BlockSpec((None, size), lambda b, h, i, *_: (b, i))
-  return pl.BlockSpec((None, size, None, x.shape[3]),
-                      lambda b, h, i, *_: (b, i, h, 0))
-
-
-def _by_head(x, axis=0):
+def _by_head(x):
   """A bias: all of it that belongs to the head."""
-  shape = tuple(None if i == axis else n for i, n in enumerate(x.shape))
-  return pl.BlockSpec(shape, lambda b, h, *_: tuple(
-      h if i == axis else 0 for i in range(x.ndim)))
-
-
-def _rows_by_head(x):
-  """[B, H, L] without batch and head."""
-  return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, *_: (b, h, 0))
-
-
-def _of_tile(x):
-  """[B, tiles, n]: the n numbers of the program's tile."""
-  return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, i, *_: (b, i, 0))
-
-
-def _row_specs(rows):
-  return Rows(_whole(rows.gradient), _rows_by_head(rows.lse),
-              _rows_by_head(rows.delta))
+  return pl.BlockSpec((None, *x.shape[1:]),
+                      lambda b, h, *_: (h,) + (0,) * (x.ndim - 1))
 
 
 def _token_specs(tokens, query):
-  return Tokens(query, _whole(tokens.key), _whole(tokens.value),
-                _whole(tokens.segment_ids), _by_head(tokens.bias))
+  return Tokens(query, tiles.whole(tokens.key), tiles.whole(tokens.value),
+                tiles.whole(tokens.segment_ids), _by_head(tokens.bias))
 
 
 def _global_specs(side):
   if side is None:
     return None
-  return Globals(_whole(side.key), _whole(side.value), _whole(side.segment_ids),
-                 _whole(side.rows), _of_tile(side.spans),
-                 _by_head(side.near_bias, 1), _by_head(side.far_bias))
-
-
-def _call(geometry, kernel, grid, in_specs, out_specs, out_shapes, name):
-  return pl.pallas_call(
-      kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
-      out_shape=out_shapes, interpret=geometry.interpret, name=name,
-      compiler_params=plgpu.CompilerParams(
-          num_warps=_WARPS, num_stages=_STAGES))
+  return Globals(
+      tiles.whole(side.key), tiles.whole(side.value),
+      tiles.whole(side.segment_ids), tiles.whole(side.rows),
+      tiles.of_tile(side.spans), _by_head(side.near_bias),
+      _by_head(side.far_bias))
 
 
 def forward(geometry: Geometry, tokens: Tokens, side: Globals | None
@@ -476,9 +383,10 @@ def forward(geometry: Geometry, tokens: Tokens, side: Globals | None
   """What tokens attend to, [B, L, H, K], and the logarithm in base 2 of each
   softmax's sum, [B, H, L]."""
   batch, length, heads, _ = tokens.query.shape
-  query = _tiles(tokens.query, geometry.tile)
-  return _call(
-      geometry, partial(_forward, geometry),
+  query = tiles.tiles(tokens.query, geometry.tile)
+  return tiles.call(
+      # So that three programs fit on a multiprocessor.
+      geometry.tiling._replace(stages=2), partial(_forward, geometry),
       (batch, heads, length // geometry.tile),
       [_token_specs(tokens, query), _global_specs(side)],
       [query, pl.BlockSpec((None, None, geometry.tile),
@@ -496,7 +404,7 @@ def backward_query(
   [B, H, L / tile, 2], of each query tile by itself."""
   batch, length, heads, _ = tokens.query.shape
   count = length // geometry.tile
-  query = _tiles(tokens.query, geometry.tile)
+  query = tiles.tiles(tokens.query, geometry.tile)
   specs = [query]
   shapes = [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype)]
   if side is not None:
@@ -506,9 +414,10 @@ def backward_query(
               pl.BlockSpec((None, None, None, 2), lambda b, h, i: (b, h, i, 0))]
     shapes += [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32)
                for shape in (near, (2,))]
-  return _call(
-      geometry, partial(_backward_query, geometry), (batch, heads, count),
-      [_token_specs(tokens, query), _global_specs(side), _row_specs(rows)],
+  return tiles.call(
+      geometry.tiling, partial(_backward_query, geometry),
+      (batch, heads, count),
+      [_token_specs(tokens, query), _global_specs(side), tiles.row_specs(rows)],
       specs, shapes, 'longt5_attention_backward_query')(tokens, side, rows)
 
 
@@ -516,18 +425,18 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
                  ) -> tuple[jax.Array, jax.Array]:
   """The gradients of keys and values, [B, L, H, K]."""
   batch, length, heads, _ = tokens.query.shape
-  key = _tiles(tokens.key, geometry.tile)
+  key = tiles.tiles(tokens.key, geometry.tile)
   shape = jax.ShapeDtypeStruct(tokens.key.shape, tokens.key.dtype)
-  return _call(
-      geometry, partial(_backward_key, geometry),
+  return tiles.call(
+      geometry.tiling, partial(_backward_key, geometry),
       (batch, heads, length // geometry.tile),
-      [_token_specs(tokens, _whole(tokens.query)), _row_specs(rows)],
+      [_token_specs(tokens, tiles.whole(tokens.query)), tiles.row_specs(rows)],
       [key, key], [shape, shape],
       'longt5_attention_backward_key')(tokens, rows)
 
 
 def backward_side(
-    geometry: Geometry, tokens: Tokens, tiles: GlobalTiles, shift: int,
+    geometry: Geometry, tokens: Tokens, side: GlobalTiles, shift: int,
     rows: Rows, parts: int
 ) -> tuple[jax.Array, jax.Array]:
   """The gradients of global keys and values, [parts, B, S, H, K] in float32;
@@ -535,26 +444,27 @@ def backward_side(
 
   Args:
     geometry, tokens, rows: as of the other kernels.
-    tiles: the global tokens.
+    side: the global tokens.
     shift: see `GlobalTiles`.
     parts: programs that share a tile's queries.
   """
-  batch, globals_, heads, size = tiles.key.shape
-  key = _tiles(tiles.key, geometry.tile)
+  batch, globals_, heads, size = side.key.shape
+  key = tiles.tiles(side.key, geometry.tile)
   specs = GlobalTiles(
-      key, key, _tiles(tiles.segment_ids, geometry.tile),
-      _of_tile(tiles.bounds), _whole(tiles.firsts), _whole(tiles.rows),
-      _by_head(tiles.bias, 1), _by_head(tiles.far_bias))
+      key, key, tiles.tiles(side.segment_ids, geometry.tile),
+      tiles.of_tile(side.bounds), tiles.whole(side.firsts),
+      tiles.whole(side.rows), _by_head(side.bias), _by_head(side.far_bias))
   out = pl.BlockSpec((None, None, geometry.tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   shape = jax.ShapeDtypeStruct(
       (parts, batch, globals_, heads, size), jnp.float32)
-  return _call(
-      geometry, partial(_backward_side, geometry, shift),
+  return tiles.call(
+      geometry.tiling, partial(_backward_side, geometry, shift),
       (batch, heads, globals_ // geometry.tile, parts),
-      [_token_specs(tokens, _whole(tokens.query)), specs, _row_specs(rows)],
+      [_token_specs(tokens, tiles.whole(tokens.query)), specs,
+       tiles.row_specs(rows)],
       [out, out], [shape, shape], 'longt5_attention_backward_side')(
-          tokens, tiles, rows)
+          tokens, side, rows)
 
 
 def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
@@ -573,8 +483,8 @@ def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
                          lambda h, d, b, p: (b, h, 0))
   tile = (geometry.tile, geometry.tile)
   bias = pl.BlockSpec((None, None, *tile), lambda h, d, b, p: (h, d, 0, 0))
-  return _call(
-      geometry, partial(_backward_local_bias, geometry),
+  return tiles.call(
+      geometry.tiling, partial(_backward_local_bias, geometry),
       (heads, geometry.local_tiles, batch, parts),
       [Tokens(of_row(tokens.query), of_row(tokens.key), of_row(tokens.value),
               of_row(tokens.segment_ids), bias),

@@ -1,0 +1,131 @@
+"""One measurement, one process: nothing of it is left for the next, and one
+that runs out of memory or time ends alone.
+
+Imports the standard library only, so that a peer's process holds no JAX.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+Show = Callable[[Line], None]
+
+ROOT = Path(__file__).parent.parent
+# What JAX and PyTorch say, and the C++ below them.
+_OUT_OF_MEMORY = ('RESOURCE_EXHAUSTED', 'OutOfMemoryError', 'out of memory',
+                  'Out of memory')
+_EXCEPTION = re.compile(r'[\w.]+(Error|Exception|Unsupported): ')
+_STDERR_SHOWN = 2000
+
+
+def run_alone(function: str, arguments: Line, timeout: float,
+              python: str = sys.executable,
+              environment: dict[str, str] | None = None) -> Line:
+  """Calls a function in a process of its own and joins what it yields.
+
+  Args:
+    function: 'module:name' of a generator of lines.
+    arguments: its keywords, as JSON has them.
+    timeout: seconds until the process is killed.
+    python: the interpreter.
+    environment: variables to set in the process.
+
+  Returns:
+    One line of everything that was yielded; of a process that failed, what it
+    had yielded until then, and `error`.
+  """
+  with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as err:
+    process = subprocess.Popen(
+        [python, '-m', 'benchmarks.processes', function, json.dumps(arguments)],
+        stdout=subprocess.PIPE, stderr=err, text=True, cwd=ROOT,
+        env=os.environ | (environment or {}), process_group=0)
+    error = None
+    try:
+      output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+      _end(process)
+      output, _ = process.communicate()
+      error = f'more than {timeout:g} s'
+    finally:
+      _end(process)  # Also what it has started itself, and on Ctrl-C.
+    err.seek(0)
+    said = err.read()
+  result: Line = {}
+  for line in output.splitlines():
+    result |= json.loads(line)
+  if error is None and process.returncode:
+    error = _explain(process.returncode, said)
+  if error:
+    print(said[-_STDERR_SHOWN:], file=sys.stderr)
+    result['error'] = error
+  return result
+
+
+def _end(process):
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _explain(code, said):
+  lines = said.strip().splitlines() or ['']
+  errors = [line for line in lines if _EXCEPTION.match(line)]
+  last = (errors or lines)[-1]
+  if any(text in last for text in _OUT_OF_MEMORY):
+    return 'out of memory'
+  return f'exit code {code}: {last[:300]}'
+
+
+def show_on(path: str | None) -> Show:
+  """A function that prints a line, at once, and adds it to a file."""
+  def show(line):
+    text = json.dumps(line)
+    print(text, flush=True)
+    if path:
+      with open(path, 'a', encoding='utf-8') as file:
+        file.write(text + '\n')
+
+  return show
+
+
+def environment(benchmark: str, *packages: str) -> Line:
+  """What ran: commit, Python, and the packages that are installed."""
+  commit = subprocess.run(
+      ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD'],
+      capture_output=True, text=True).stdout.strip()
+  found = {}
+  for name in packages:
+    with contextlib.suppress(PackageNotFoundError):
+      found[name] = version(name)
+  return {'benchmark': benchmark, 'measure': 'environment',
+          'commit': commit or None, 'python': platform.python_version(),
+          **found}
+
+
+def main() -> None:
+  """What `run_alone` starts: results go to its stdout, all else to stderr."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument('function')
+  parser.add_argument('arguments', type=json.loads)
+  given = parser.parse_args()
+  results = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+  os.dup2(2, 1)
+  module, _, name = given.function.partition(':')
+  for line in getattr(importlib.import_module(module), name)(**given.arguments):
+    print(json.dumps(line), file=results, flush=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,258 @@
+"""From lines of benchmarks to Markdown tables and a figure.
+
+  python -m benchmarks.report lines.jsonl more.jsonl
+
+prints a table for each benchmark that has lines, and draws, for each preset,
+throughput and memory of the train step against length to docs/images. Where a
+case was measured more than once, the last line counts.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import Line
+from longt5_flax.config import ConfigError
+
+# What tells one case of a benchmark from another.
+_CASE = ('benchmark', 'measure', 'implementation', 'preset', 'length', 'rows',
+         'targets', 'beams', 'new_tokens', 'attention', 'remat', 'scan_layers',
+         'optimizer', 'dtype', 'device')
+_STYLES = {'longt5_flax': ('C0', 'o'), 'transformers eager': ('C1', 's'),
+           'transformers compile': ('C3', '^')}
+
+Cells = list[tuple[str, Callable[[Line], str]]]
+
+
+def read_lines(paths: Iterable[str]) -> list[Line]:
+  """The measurements of some files, without what ran them.
+
+  Raises:
+    ConfigError: a file cannot be read, or a line is no measurement.
+  """
+  found: dict[str, Line] = {}
+  for path in paths:
+    try:
+      text = Path(path).read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      raise ConfigError(f'{path}: {error}') from None
+    for number, row in enumerate(text.splitlines(), start=1):
+      try:
+        line = json.loads(row)
+        is_case = line.get('measure') != 'environment'
+        key = str([line['benchmark'], *(line.get(name) for name in _CASE)])
+      except (ValueError, AttributeError, KeyError):
+        raise ConfigError(
+            f'{path}, line {number}: must be a JSON object with `benchmark`, '
+            'as the benchmarks print it.') from None
+      if is_case:
+        found.pop(key, None)  # Moves to the end.
+        found[key] = line
+  return list(found.values())
+
+
+def select(lines: Iterable[Line], benchmark: str, measure: str | None = None
+           ) -> list[Line]:
+  """The lines of a benchmark."""
+  return [line for line in lines if line['benchmark'] == benchmark
+          and line.get('measure') == measure]
+
+
+def series(line: Line) -> str:
+  """What was measured, without its sizes."""
+  name = line['implementation']
+  if name != 'longt5_flax':
+    return name
+  options = [line['attention']]
+  if line.get('remat', 'none') != 'none':
+    options.append(f'remat {line["remat"]}')
+  if line.get('scan_layers'):
+    options.append('stacked')
+  return f'{name} {", ".join(options)}'
+
+
+def tables(lines: Sequence[Line]) -> str:
+  """One table for each benchmark, in Markdown."""
+  parts = []
+  for benchmark, cells in (('train_step', _TRAIN_STEP), ('generate', _GENERATE),
+                           ('compile_time', _COMPILE_TIME)):
+    chosen = select(lines, benchmark)
+    if chosen:
+      parts.append(f'## {benchmark}\n\n' + _table(cells, chosen))
+  for line in select(lines, 'train_step', 'profile'):
+    if 'parts_ms' in line:
+      total = sum(line['parts_ms'].values())
+      parts.append(
+          f'## {line["preset"]}, {_case(line)}, {series(line)}: '
+          f'{line["busy_ms"]:.1f} ms of kernels\n\n' + _markdown(
+              [['part', 'ms', 'share']] + [
+                  [part, f'{ms:.2f}', f'{ms / total:.1%}']
+                  for part, ms in line['parts_ms'].items()]))
+  return '\n\n'.join(parts)
+
+
+def _table(cells, lines):
+  rows = [[name for name, _ in cells]]
+  for line in lines:
+    try:
+      rows.append([cell(line) for _, cell in cells])
+    except KeyError:  # It ended before all was known.
+      ours = [cells[i][1](line) for i in range(3)]
+      rows.append([*ours, line.get('error', 'unfinished'),
+                   *[''] * (len(cells) - 4)])
+  return _markdown(rows)
+
+
+def _markdown(rows):
+  rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _case(line):
+  return f'{line["length"]} x {line["rows"]}'
+
+
+def _time(line):
+  return (f'{line["median_ms"]:,.1f} ({line["p10_ms"]:,.1f} to '
+          f'{line["p90_ms"]:,.1f})')
+
+
+def _memory(line):
+  peak = line['peak_bytes']
+  return '' if peak is None else f'{peak / 1e9:.1f} GB'
+
+
+def _optional(name: str, form: str) -> Callable[[Line], str]:
+  def cell(line):
+    value = line.get(name)
+    return '' if value is None else format(value, form)
+
+  return cell
+
+
+_TRAIN_STEP: Cells = [
+    ('preset', lambda line: line['preset']),
+    ('inputs', _case),
+    ('', series),
+    ('ms (p10 to p90)', _time),
+    ('input tokens/s', lambda line: f'{line["input_tokens_per_second"]:,}'),
+    ('peak memory', _memory),
+    ('MFU', _optional('mfu', '.1%')),
+    ('of the floor', _optional('share_of_floor', '.1%')),
+    ('ours is faster', _optional('speedup', '.2f')),
+    ("ours over its memory", _optional('memory_ratio', '.2f')),
+]
+_GENERATE: Cells = [
+    ('preset', lambda line: line['preset']),
+    ('inputs', lambda line: (
+        f'{_case(line)}, beams {line["beams"]}, {line["new_tokens"]} tokens')),
+    ('', lambda line: line['implementation']),
+    ('ms (p10 to p90)', _time),
+    ('tokens/s', lambda line: f'{line["tokens_per_second"]:,.0f}'),
+    ('encoder ms', _optional('encode_ms', '.1f')),
+    ('ms a step', _optional('step_ms', '.3f')),
+    ('of the floor', _optional('share_of_floor', '.1%')),
+    ('peak memory', _memory),
+    ('ours is faster', _optional('speedup', '.2f')),
+    ("ours over its memory", _optional('memory_ratio', '.2f')),
+]
+_COMPILE_TIME: Cells = [
+    ('preset', lambda line: line['preset']),
+    ('inputs', _case),
+    ('layers', lambda line: 'stacked' if line['scan_layers'] else 'unrolled'),
+    ('cold, s', lambda line: f'{line["cold_seconds"]:.1f}'),
+    ('from the cache, s', lambda line: f'{line["cached_seconds"]:.1f}'),
+    ('of it tracing, s', lambda line: f'{line["trace_seconds"]:.1f}'),
+]
+
+
+def plot(lines: Sequence[Line], path: str) -> None:
+  """Draws throughput and memory of the train step of one preset."""
+  import matplotlib  # Slow to import, and only here needed.
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+  from matplotlib import ticker
+  figure, (speed, memory) = plt.subplots(
+      1, 2, figsize=(11, 4.5), layout='constrained')
+  groups: dict[str, list[Line]] = {}
+  for line in lines:
+    groups.setdefault(line['implementation'], []).append(line)
+  for i, (name, group) in enumerate(groups.items()):
+    color, marker = _STYLES.get(
+        name.removesuffix('-remat'), (f'C{4 + i}', 'd'))
+    style = {'color': color, 'marker': marker, 'label': name}
+    if name.endswith('-remat'):
+      style |= {'linestyle': '--', 'fillstyle': 'none'}
+    done = [line for line in group if 'error' not in line]
+    speed.plot(*_best(done, 'length', lambda it: it['input_tokens_per_second'],
+                      max), **style)
+    memory.plot(*_best(
+        [line for line in done if line['peak_bytes']], 'tokens',
+        lambda it: it['peak_bytes'] / 1e9, min), **style)
+    for line in group:
+      if line.get('error') == 'out of memory':
+        memory.plot(line['length'] * line['rows'], 0.97, marker='x',
+                    color=color, transform=memory.get_xaxis_transform())
+  floor = [line for line in lines if 'floor_ms' in line]
+  if floor:
+    speed.plot(*_best(floor, 'length', lambda it: (
+        1000 * it['length'] * it['rows'] / it['floor_ms']), max),
+               color='0.5', linestyle=':', label='floor')
+  speed.set(xlabel='input tokens of a row', ylabel='input tokens a second')
+  memory.set(xlabel='input tokens of a step (x: out of memory)',
+             ylabel='peak memory, GB')
+  for axes, values in ((speed, 'median_ms'), (memory, 'peak_bytes')):
+    axes.set_xscale('log', base=2)
+    if any(line.get(values) for line in lines):  # Else there is no scale.
+      axes.set_yscale('log')
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(
+        lambda value, _: f'{value / 1024:g}k'))
+    axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    axes.grid(alpha=0.3)
+  figure.legend(*speed.get_legend_handles_labels(),
+                loc='outside lower center', ncols=5)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def _best(lines: Sequence[Line], axis: str, value: Callable[[Line], float],
+          best: Callable[[float, float], float]
+          ) -> tuple[list[Any], list[float]]:
+  """The best value at each length, or number of tokens."""
+  found: dict[int, float] = {}
+  for line in lines:
+    x = line['length'] * (line['rows'] if axis == 'tokens' else 1)
+    y = value(line)
+    found[x] = best(found[x], y) if x in found else y
+  return sorted(found), [found[x] for x in sorted(found)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prints the tables; a user's mistake is one line and exit code 2."""
+  parser = argparse.ArgumentParser(
+      prog='python -m benchmarks.report', description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('lines', nargs='+', metavar='LINES.jsonl')
+  parser.add_argument('--images', default='docs/images', metavar='FOLDER')
+  arguments = parser.parse_args(argv)
+  try:
+    lines = read_lines(arguments.lines)
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  print(tables(lines))
+  steps = select(lines, 'train_step')
+  os.makedirs(arguments.images, exist_ok=True)
+  for preset in dict.fromkeys(line['preset'] for line in steps):
+    path = os.path.join(arguments.images, f'train_step_{preset}.png')
+    plot([line for line in steps if line['preset'] == preset], path)
+    print(f'\n![Throughput and memory of {preset}]({path})')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,169 @@
+"""Around the kernels of attention: options, devices, operands, segments."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from longt5_flax.config import ConfigError
+from longt5_flax.model.kernels.triton_tiles import Tiling
+
+# Compute capabilities of GPUs with more than 160 KB of it: A100, H100, B200.
+_LARGE_SHARED_MEMORY = ('8.0', '9.0', '10.0')
+
+
+class KernelOptions(NamedTuple):
+  """How kernels are run; results are the same within rounding.
+
+  Attributes:
+    tile: tokens of a tile; a power of two, 16 or more. On a TPU always 128.
+    interpret: on any device, slowly, for tests.
+    platform: whose kernels, 'gpu' or 'tpu'; empty for the device's.
+  """
+  tile: int = 64
+  interpret: bool = False
+  platform: str = ''
+
+  def tiling(self, dtype: DTypeLike) -> Tiling:
+    """For products in `dtype`; see `to_operands`."""
+    precision = (jax.lax.Precision.DEFAULT if dtype == jnp.float16 else
+                 jax.lax.Precision.HIGHEST)
+    device = jax.local_devices()[0]
+    capability = getattr(device, 'compute_capability', '')
+    return Tiling(self.tile, precision,
+                  3 if capability in _LARGE_SHARED_MEMORY else 2,
+                  self.interpret)
+
+
+ON_A_GPU = KernelOptions()
+_LEAST_CAPABILITY = 8  # Ampere's.
+
+
+def target_platform() -> str:
+  """What the program at hand is for: the platform of the mesh's devices, which
+  need not be here, or without a mesh of JAX's default devices."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def why_no_kernels(platform: str) -> str:
+  """What 'fused' needs and the platform has not got; empty if it has all."""
+  if platform not in ('gpu', 'tpu'):
+    return f'needs an NVIDIA GPU or a TPU, not {platform!r}'
+  # What a program is compiled for elsewhere is not known; AMD's are no numbers.
+  capability = getattr(jax.devices()[0], 'compute_capability', None)
+  if platform == 'gpu' and capability is not None:
+    major = capability.split('.')[0]
+    if not major.isdigit() or int(major) < _LEAST_CAPABILITY:
+      return (f'needs an NVIDIA GPU of compute capability {_LEAST_CAPABILITY} '
+              f'or more, not {capability}')
+  return ''
+
+
+def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
+                ) -> Float[Array, 'B l H k']:
+  """As kernels take tokens: K a power of two, L a multiple.
+
+  For float16 operands are TF32 numbers, of the same precision and the exponents
+  of float32, so that nothing overflows.
+  """
+  size = x.shape[-1]
+  fill = max(16, 1 << (size - 1).bit_length()) - size
+  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+  return jnp.pad(x.astype(operand), (
+      (0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, fill)))
+
+
+def on_each_device(
+    attend: Callable[..., Any], tokens: tuple[Array, ...],
+    tables: tuple[Array, ...], ids: tuple[Array, ...], options: KernelOptions,
+) -> Any:
+  """`attend(tokens, tables, ids)`; under a mesh each device attends with its
+  rows and heads, and a length that is split is gathered.
+
+  Args:
+    attend: gives an array like `tokens[0]`.
+    tokens: [B, length, H, K].
+    tables: [H, ...].
+    ids: [B, length].
+    options: see KernelOptions.
+
+  Raises:
+    ConfigError: the device has no such kernels.
+  """
+  refusal = why_no_kernels(target_platform())
+  if refusal and not options.interpret:
+    raise ConfigError(f"attention='fused' {refusal}.")
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    rows = _mesh_axes(mesh, 'batch', tokens[0].shape[0])
+    heads = _mesh_axes(mesh, 'joined_kv', tokens[0].shape[2])
+    spec = PartitionSpec(rows, None, heads)
+    attend = jax.shard_map(
+        attend, mesh=mesh, out_specs=spec, check_vma=False,
+        in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows)))
+  return attend(tokens, tables, ids)
+
+
+def _mesh_axes(mesh, name, size):
+  """The mesh axes that split a logical axis; None where they cannot."""
+  spec = nn.logical_to_mesh_axes((name,)) or PartitionSpec(None)
+  axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+  parts = math.prod(mesh.shape[axis] for axis in axes)
+  return axes if axes and size % parts == 0 else None
+
+
+def segment_range(
+    segment_ids: Int[Array, 'B tiles tile']
+) -> tuple[Int[Array, 'B tiles'], Int[Array, 'B tiles']]:
+  """Least and greatest segment in each tile; what lies between is nothing if
+  there is padding alone."""
+  largest = jnp.iinfo(segment_ids.dtype).max
+  real = jnp.where(segment_ids > 0, segment_ids, largest)
+  return jnp.min(real, axis=2), jnp.max(segment_ids, axis=2)
+
+
+def covering_run(
+    flags: Bool[Array, '*rows n']
+) -> tuple[Int[Array, '*rows'], Int[Array, '*rows']]:
+  """First and end, along the last axis, of what contains all that is true."""
+  index = jnp.arange(flags.shape[-1])
+  end = jnp.max(jnp.where(flags, index + 1, 0), axis=-1)
+  return jnp.min(jnp.where(flags, index, end[..., None]), axis=-1), end
+
+
+def gapless_run(
+    flags: Bool[Array, '*rows n']
+) -> tuple[Int[Array, '*rows'], Int[Array, '*rows']]:
+  """`covering_run` if all it contains is true, else an empty one."""
+  first, end = covering_run(flags)
+  return first, jnp.where(jnp.sum(flags, axis=-1) == end - first, end, first)
+
+
+def ranges_meet(
+    ranges: tuple[Int[Array, 'B n'], Int[Array, 'B n']],
+    others: tuple[Int[Array, 'B m'], Int[Array, 'B m']],
+) -> Bool[Array, 'B n m']:
+  """Of two lists of tiles by their `segment_range`, which may share one."""
+  (least, most), (other_least, other_most) = ranges, others
+  return (least[..., None] <= other_most[:, None]) & (
+      other_least[:, None] <= most[..., None])
+
+
+def all_see(
+    query_segments: Int[Array, 'B n _'], key_segments: Int[Array, 'B m _']
+) -> Bool[Array, 'B n m']:
+  """Of tiles of queries and of keys, in which pairs every query sees every key;
+  queries that are padding, of which nothing is wanted, may."""
+  least, most = segment_range(query_segments)
+  of_queries = jnp.where(least == most, most, -1)
+  of_keys = jnp.where(jnp.min(key_segments, axis=2)
+                      == jnp.max(key_segments, axis=2), key_segments[..., 0], 0)
+  return (of_queries[..., None] == of_keys[:, None]) & (
+      of_keys[:, None] > 0)

@@ -1,0 +1,175 @@
+"""The GPU kernels of `segment_attention`: attention of every query to all keys
+of its segment, no bias, through Pallas' Triton backend.
+
+Few queries may face many keys: then programs share the keys of one tile of
+queries, and what they found is put together outside.
+
+No two programs add to one address, so results do not depend on their order.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from longt5_flax.model.kernels import triton_tiles as tiles
+from longt5_flax.model.kernels.triton_tiles import Rows, Tiling
+
+
+class Arrays(NamedTuple):
+  """Queries and keys; T and S are whole tiles.
+
+  Attributes:
+    query: [B, T, H, K].
+    query_segments: [B, T], 0 is padding.
+    key, value: [B, S, H, K].
+    segment_ids: of the keys, [B, S].
+  """
+  query: Any
+  query_segments: Any
+  key: Any
+  value: Any
+  segment_ids: Any
+
+
+def _fold(first, end, spans, some, every, carry):
+  """Goes through the tiles from `first` to `end`: with `every` through those of
+  which every key and every query see each other, with `some` through others."""
+  end = jnp.maximum(first, end)
+  hole = tiles.clip_span((spans[2], spans[3]), first, end)
+  carry = tiles.fold_around(first, end, hole, some, carry)
+  return jax.lax.fori_loop(*hole, every, carry)
+
+
+def _share(spans):
+  """The part of a span that belongs to this program."""
+  part, parts = pl.program_id(3), pl.num_programs(3)
+  first, end = spans[0], spans[1]
+  size = (end - first + parts - 1) // parts
+  first = first + part * size
+  return first, jnp.minimum(first + size, end)
+
+
+def _forward(tiling, arrays, spans, out_ref, lse_ref):
+  query, segments = arrays.query[...], arrays.query_segments[...]
+
+  def some(j, softmax):
+    return tiles.attend(tiling, query, segments,
+                        tiles.load_keys(tiling, arrays, j), 0.0, softmax)
+
+  def every(j, softmax):
+    return tiles.attend_to_all(
+        tiling, query, tiles.load_keys(tiling, arrays, j), 0.0, softmax)
+
+  first, end = _share(spans)
+  softmax = _fold(first, end, spans, some, every,
+                  tiles.no_keys(tiling, query.shape[1]))
+  sees = (segments > 0) & (softmax.top > tiles.MASKED)
+  tiles.write(softmax, sees, out_ref, lse_ref)
+
+
+def _backward_query(tiling, arrays, spans, rows, d_query_ref):
+  query, segments = arrays.query[...], arrays.query_segments[...]
+  rows = Rows(*(ref[...] for ref in rows))
+
+  def add(segments, j, d_query):
+    keys = tiles.load_keys(tiling, arrays, j)
+    _, d_scores = tiles.weights_and_gradient(
+        tiling, query, segments, keys, 0.0, rows)
+    return d_query + tiles.dot(
+        tiling, d_scores.astype(keys.key.dtype), keys.key)
+
+  first, end = _share(spans)
+  d_query_ref[...] = _fold(
+      first, end, spans, partial(add, segments), partial(add, None),
+      jnp.zeros(query.shape, jnp.float32))
+
+
+def _backward_key(tiling, arrays, spans, rows, d_key_ref, d_value_ref):
+  keys = tiles.Keys(
+      arrays.key[...], arrays.value[...], arrays.segment_ids[...])
+
+  def add(is_masked, i, gradients):
+    part = tiles.at(i, tiling.tile)
+    segments = arrays.query_segments[part] if is_masked else None
+    return tiles.add_key_gradient(
+        tiling, arrays.query[part, :], segments, keys, 0.0,
+        rows.load(tiling, i), gradients)
+
+  zeros = jnp.zeros(keys.key.shape, jnp.float32)
+  d_key, d_value = _fold(
+      spans[0], spans[1], spans, partial(add, True), partial(add, False),
+      (zeros, zeros))
+  d_key_ref[...] = d_key.astype(d_key_ref.dtype)
+  d_value_ref[...] = d_value.astype(d_value_ref.dtype)
+
+
+def _specs(arrays, queries, keys):
+  """How arrays are cut: `tiles.whole` on the side that programs loop over, the
+  program's tile on the other."""
+  return Arrays(
+      queries(arrays.query), queries(arrays.query_segments), keys(arrays.key),
+      keys(arrays.value), keys(arrays.segment_ids))
+
+
+def _row_tiles(x, size):
+  """[B, H, L]: the program's tile of it."""
+  return pl.BlockSpec((None, None, size), lambda b, h, i, *_: (b, h, i))
+
+
+def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
+            ) -> tuple[jax.Array, jax.Array]:
+  """What queries attend to in each part of their keys, [parts, B, T, H, K], and
+  the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
+  float32. `spans`: [B, T / tile, 4], from which to before which tile of keys a
+  tile of queries sees any, and those of which every query sees every key."""
+  batch, length, heads, size = arrays.query.shape
+  tile = tiling.tile
+  out = pl.BlockSpec((None, None, tile, None, size),
+                     lambda b, h, i, p: (p, b, i, h, 0))
+  lse = pl.BlockSpec((None, None, None, tile), lambda b, h, i, p: (p, b, h, i))
+  return tiles.call(
+      tiling, partial(_forward, tiling), (batch, heads, length // tile, parts),
+      [_specs(arrays, partial(tiles.tiles, size=tile), tiles.whole),
+       tiles.of_tile(spans)],
+      [out, lse],
+      [jax.ShapeDtypeStruct((parts, *arrays.query.shape), jnp.float32),
+       jax.ShapeDtypeStruct((parts, batch, heads, length), jnp.float32)],
+      'longt5_segment_attention_forward')(arrays, spans)
+
+
+def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
+                   parts: int) -> jax.Array:
+  """The gradient of queries, [parts, B, T, H, K] in float32; it is the sum over
+  parts. `spans` is that of `forward`."""
+  batch, length, heads, size = arrays.query.shape
+  tile = tiling.tile
+  row = _row_tiles(rows.lse, tile)
+  return tiles.call(
+      tiling, partial(_backward_query, tiling),
+      (batch, heads, length // tile, parts),
+      [_specs(arrays, partial(tiles.tiles, size=tile), tiles.whole),
+       tiles.of_tile(spans),
+       Rows(tiles.tiles(rows.gradient, tile), row, row)],
+      pl.BlockSpec((None, None, tile, None, size),
+                   lambda b, h, i, p: (p, b, i, h, 0)),
+      jax.ShapeDtypeStruct((parts, *arrays.query.shape), jnp.float32),
+      'longt5_segment_attention_backward_query')(arrays, spans, rows)
+
+
+def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows
+                 ) -> tuple[jax.Array, jax.Array]:
+  """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / tile, 4],
+  as for `forward` the other way round."""
+  batch, length, heads, _ = arrays.key.shape
+  key = tiles.tiles(arrays.key, tiling.tile)
+  shape = jax.ShapeDtypeStruct(arrays.key.shape, arrays.key.dtype)
+  return tiles.call(
+      tiling, partial(_backward_key, tiling),
+      (batch, heads, length // tiling.tile),
+      [_specs(arrays, tiles.whole, partial(tiles.tiles, size=tiling.tile)),
+       tiles.of_tile(spans), tiles.row_specs(rows)],
+      [key, key], [shape, shape],
+      'longt5_segment_attention_backward_key')(arrays, spans, rows)
