@@ -11,7 +11,7 @@ import eval as eval_command
 import runs
 import tiny_runs
 import train
-from longt5_flax import compare
+from longt5_flax import compare, summarize
 from longt5_flax.interop.open import open_tensors
 from longt5_flax.training import partitioning
 
@@ -19,6 +19,8 @@ PRETRAIN = 'train.py --config=configs/quickstart.py'
 FINETUNE = 'train.py --config=configs/quickstart_finetune.py'
 EVALUATE = ('eval.py --workdir=runs/quickstart_finetune '
             '--config.eval.num_beams=4')
+SUMMARIZE = ('-m longt5_flax.summarize '
+             '--checkpoint=run:runs/quickstart_finetune README.md')
 # A layer of 32 features, and few steps.
 MODEL = {'model.num_layers': 1, 'model.d_model': 32, 'model.d_ff': 64}
 SMALLER = {
@@ -37,7 +39,7 @@ SMALLER = {
 def folder(tmp_path_factory, cache):
   """Where the commands have been run, one after the other."""
   folder = tmp_path_factory.mktemp('walkthrough')
-  for name in ('configs', 'corpus', 'tests'):
+  for name in ('configs', 'corpus', 'tests', 'README.md'):
     (folder / name).symlink_to(runs.ROOT / name)
   with (pytest.MonkeyPatch.context() as patch, tiny_runs.own_signals(),
         tiny_runs.cheap_compilation(cache)):
@@ -85,3 +87,15 @@ def test_evaluation_is_of_the_best_checkpoint(folder):
   assert compare.read_predictions(
       str(workdir / 'eval' / other / 'predictions.jsonl')
       ).keys() == predictions.keys()
+
+
+def test_it_summarises(folder, monkeypatch, capsys, cache):
+  """With the run's vocabulary, and as much of the text as it was trained to
+  read."""
+  monkeypatch.chdir(folder)
+  capsys.readouterr()
+  with tiny_runs.cheap_compilation(cache):
+    assert summarize.main([*shlex.split(SUMMARIZE)[2:], '--max_length=4']) == 0
+  captured = capsys.readouterr()
+  assert 'too long for --max_input_length=160' in captured.err
+  assert captured.out.endswith('\n')
