@@ -18,6 +18,7 @@ from longt5_flax.model.kernels import fused_attention_tpu as kernels
 from longt5_flax.model.kernels.calls import (
     KernelOptions,
     covering_run,
+    ranges_meet,
     segment_range,
 )
 from longt5_flax.model.kernels.fused_attention_tpu import (
@@ -133,11 +134,9 @@ def _layout(geometry, segment_ids, side_segments, block_ids):
   firsts -= firsts % ALIGNMENT
   rows = jnp.where(own, block_ids - firsts[..., None], -1)
 
-  least, most = segment_range(segment_ids.reshape(*block_ids.shape))
-  side_least, side_most = segment_range(
-      side_segments.reshape(batch, -1, geometry.side_tile))
-  sees = (side_least[:, None] <= most[..., None]) & (
-      least[..., None] <= side_most[:, None])
+  sees = ranges_meet(
+      segment_range(segment_ids.reshape(block_ids.shape)),
+      segment_range(side_segments.reshape(batch, -1, geometry.side_tile)))
   spans = Spans(*(jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
       (firsts, *covering_run(sees)), covering_run(sees.swapaxes(1, 2)))))
   return _Layout(side_segments, rows.reshape(batch, -1), spans)
