@@ -4,6 +4,7 @@ of a user."""
 import json
 import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -13,6 +14,7 @@ import pytest
 import eval as command
 import golden
 import runs
+import t5x_files
 import tiny_runs
 from longt5_flax import (
     LongT5ForConditionalGeneration,
@@ -22,6 +24,7 @@ from longt5_flax import (
 )
 from longt5_flax.evaluation import bootstrap
 from longt5_flax.evaluation.metrics import METRICS, SCROLLS
+from longt5_flax.interop.open import open_tensors
 from longt5_flax.interop.orbax import save_orbax
 from longt5_flax.training import run_config
 
@@ -171,18 +174,36 @@ def test_predictions_of_something_else_stay(
   assert {path: path.read_bytes() for path in done.iterdir()} == before
 
 
+def test_two_processes_write_the_same(weights, data, done, tmp_path, cache):
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    port = server.getsockname()[1]
+  outputs = [runs.finish(process) for process in [runs.start([
+      sys.executable, 'eval.py',
+      *arguments(weights, data, tmp_path, eval__max_examples=5),
+      f'--coordinator=localhost:{port}', '--num_processes=2',
+      f'--process_id={i}'], cache) for i in range(2)]]
+  assert ['rougeLsum' in output for output in outputs] == [True, False]
+  for name in ('predictions.jsonl', 'scores.json'):
+    assert (tmp_path / 'eval' / '0' / name).read_bytes() == (
+        done / name).read_bytes()
+
+
 def test_other_formats_write_the_same(weights, data, done, tmp_path, capsys):
-  """The architecture is the checkpoint's, whatever the config says."""
-  converted = tmp_path / 'converted'
-  assert convert.main([f'--from={weights}', f'--to=hf:{converted}']) == 0
-  argv = arguments(f'hf:{converted}', data, tmp_path / 'theirs',
-                   eval__max_examples=5)
-  code, output = evaluate(capsys, *(
-      word for word in argv if not word.startswith('--config.model.')))
-  assert code == 0, output
-  theirs = tmp_path / 'theirs' / 'eval' / '0'
-  assert (theirs / 'predictions.jsonl').read_bytes() == (
-      done / 'predictions.jsonl').read_bytes()
+  """Of a Hugging Face folder the architecture is its own, whatever the config
+  says; of a T5X checkpoint the step is in its name."""
+  folder, steps = tmp_path / 'converted', tmp_path / 'checkpoint_30'
+  assert convert.main([f'--from={weights}', f'--to=hf:{folder}']) == 0
+  t5x_files.write_t5x(steps, t5x_files.read_all(open_tensors(weights)))
+  theirs = arguments(f'hf:{folder}', data, tmp_path, eval__max_examples=5)
+  for step, argv in {
+      '0': [word for word in theirs if not word.startswith('--config.model.')],
+      '30': arguments(f't5x:{steps}', data, tmp_path, eval__max_examples=5),
+  }.items():
+    code, output = evaluate(capsys, *argv)
+    assert code == 0, output
+    assert (tmp_path / 'eval' / step / 'predictions.jsonl').read_bytes() == (
+        done / 'predictions.jsonl').read_bytes()
 
 
 RUN = '--workdir={run}'
