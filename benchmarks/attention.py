@@ -11,7 +11,7 @@ outputs; the most that was in use; and MFU. Base's twelve heads of 64, radius
 127, blocks of 16, one segment a row.
 
 --peer measures PyTorch's FlexAttention on the same shapes in the same run; its
-line has `speedup`, the fastest of ours over it.
+line has `speedup`, how many times as fast the fastest of ours is.
 """
 
 import argparse

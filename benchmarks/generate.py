@@ -13,8 +13,9 @@ floor of a step: the bytes of the decoder's parameters, of the inputs' keys and
 values and of the half-filled cache, at the rate at which the GPU copies memory.
 
 --peer measures Hugging Face's PyTorch `generate` on the same shapes in the same
-run; its line has `speedup` and `memory_ratio`, ours over it. --profile shows
-where the time of decoding goes, as benchmarks.train_step does.
+run; its line has `speedup`, how many times as fast ours is, and `memory_ratio`,
+our peak over its. --profile shows where the time of decoding goes, as
+benchmarks.train_step does.
 """
 
 import argparse

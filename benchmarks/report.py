@@ -79,16 +79,17 @@ def tables(lines: Sequence[Line]) -> str:
   """One table for each benchmark, in Markdown."""
   parts = []
   for benchmark, cells in (('train_step', _TRAIN_STEP), ('generate', _GENERATE),
+                           ('attention', _ATTENTION),
                            ('compile_time', _COMPILE_TIME)):
     chosen = select(lines, benchmark)
     if chosen:
       parts.append(f'## {benchmark}\n\n' + _table(cells, chosen))
-  for line in select(lines, 'train_step', 'profile'):
-    if 'parts_ms' in line:
+  for line in lines:
+    if line.get('measure') == 'profile' and 'parts_ms' in line:
       total = sum(line['parts_ms'].values())
       parts.append(
-          f'## {line["preset"]}, {_case(line)}, {series(line)}: '
-          f'{line["busy_ms"]:.1f} ms of kernels\n\n' + _markdown(
+          f'## Where {line["benchmark"]} goes: {line["preset"]}, '
+          f'{_case(line)}, {line["busy_ms"]:.1f} ms\n\n' + _markdown(
               [['part', 'ms', 'share']] + [
                   [part, f'{ms:.2f}', f'{ms / total:.1%}']
                   for part, ms in line['parts_ms'].items()]))
@@ -98,12 +99,15 @@ def tables(lines: Sequence[Line]) -> str:
 def _table(cells, lines):
   rows = [[name for name, _ in cells]]
   for line in lines:
-    try:
-      rows.append([cell(line) for _, cell in cells])
-    except KeyError:  # It ended before all was known.
-      ours = [cells[i][1](line) for i in range(3)]
-      rows.append([*ours, line.get('error', 'unfinished'),
-                   *[''] * (len(cells) - 4)])
+    row = []
+    for _, cell in cells:
+      try:
+        row.append(cell(line))
+      except KeyError:
+        row.append('')
+    if 'error' in line:  # Where what is not known begins.
+      row[row.index('')] = line['error']
+    rows.append(row)
   return _markdown(rows)
 
 
@@ -116,9 +120,11 @@ def _case(line):
   return f'{line["length"]} x {line["rows"]}'
 
 
-def _time(line):
-  return (f'{line["median_ms"]:,.1f} ({line["p10_ms"]:,.1f} to '
-          f'{line["p90_ms"]:,.1f})')
+def _time(line, name='median', prefix=''):
+  median, low, high = (
+      line[key] for key in (f'{name}_ms', f'{prefix}p10_ms', f'{prefix}p90_ms'))
+  digits = 1 if median >= 10 else 3
+  return f'{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})'
 
 
 def _memory(line):
@@ -159,6 +165,19 @@ _GENERATE: Cells = [
     ('peak memory', _memory),
     ('ours is faster', _optional('speedup', '.2f')),
     ("ours over its memory", _optional('memory_ratio', '.2f')),
+]
+_ATTENTION: Cells = [
+    ('', lambda line: line['implementation']),
+    ('inputs', _case),
+    ('forward, ms (p10 to p90)', lambda line: _time(
+        line, 'forward', 'forward_')),
+    ('and backward', lambda line: _time(
+        line, 'forward_backward', 'forward_backward_')),
+    ('temporary memory',
+     lambda line: f'{line["temporary_bytes"] / 2**20:,.0f} MiB'),
+    ('peak memory', _memory),
+    ('MFU', _optional('mfu', '.1%')),
+    ('ours is faster', _optional('speedup', '.2f')),
 ]
 _COMPILE_TIME: Cells = [
     ('preset', lambda line: line['preset']),

@@ -14,9 +14,10 @@ An `error` (out of memory, too slow) ends its case, not the others.
 
 --peer measures Hugging Face's PyTorch LongT5 on the same shapes in the same
 run, `eager` or by torch.`compile`, `-remat` with gradient checkpointing; its
-line has `speedup`, the fastest of ours over it, and `memory_ratio`, ours over
-it. It is bf16 throughout, its optimizer PyTorch's fused AdamW or transformers'
-Adafactor.
+line has `speedup`, how many times as fast the fastest of ours is, and
+`memory_ratio`, our peak over its. It is bf16 throughout, parameters and all,
+where ours keeps those in float32; its optimizer is PyTorch's fused AdamW or
+transformers' Adafactor.
 
 --profile prints no times of steps but where one goes: by part of the model, by
 kind of kernel, and its longest kernels; and writes table, trace and compiled
@@ -57,7 +58,8 @@ from longt5_flax.training.train_step import init_state, make_train_step
 
 CONFIG = str(Path(__file__).parent.parent / 'configs' / 'base.py')
 PEERS = ('eager', 'compile', 'eager-remat', 'compile-remat')
-REMAT_FROM = 1 << 20  # Inputs of a row; below it all fits.
+# Inputs of a row from which layers are recomputed, unless --remat is given.
+REMAT_FROM = 1 << 20
 
 
 class Row(NamedTuple):

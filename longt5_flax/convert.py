@@ -26,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from longt5_flax.api import GenerationConfig
 from longt5_flax.config import PRESETS, ConfigError, LongT5Config
 from longt5_flax.interop.atomic import check_free, written_whole
 from longt5_flax.interop.open import KINDS, open_tensors, split_spec
@@ -43,7 +44,7 @@ from longt5_flax.model.longt5 import (
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
 # Carried over from folder to folder.
-_VOCABULARY = 'spiece.model'
+_TOKENIZER = ('spiece.model', 'tokenizer_config.json')
 
 
 def convert(source: str, target: str, architecture: str | None = None,
@@ -77,7 +78,7 @@ def convert(source: str, target: str, architecture: str | None = None,
     view.on_read = lambda size: progress.advance(task, size)
     with written_whole(path) as place:
       report += _WRITERS[kind](place, view)
-      report += _carry_vocabulary(split_spec(source)[1], place)
+      report += _carry_files(*split_spec(source), place, tensors.config)
     progress.update(task, completed=view.num_bytes)
   return [*report, f'{target}: written.']
 
@@ -157,12 +158,23 @@ class _View(Tensors):
     return cast
 
 
-def _carry_vocabulary(source, place):
-  file = os.path.join(source, _VOCABULARY)
-  if not os.path.isfile(file) or not os.path.isdir(place):
+def _carry_files(kind, source, place, config):
+  """Copies what is beside weights, and not in them, from folder to folder."""
+  if not os.path.isdir(source) or not os.path.isdir(place):
     return []
-  shutil.copy(file, place)
-  return [f'{_VOCABULARY}: copied.']
+  report = []
+  for name in _TOKENIZER:
+    if os.path.isfile(os.path.join(source, name)):
+      shutil.copy(os.path.join(source, name), place)
+      report.append(f'{name}: copied.')
+  settings = GenerationConfig.of_checkpoint(kind, source).to_dict()
+  own = {name: value for name, value in settings.items()
+         if value != getattr(config, name, None)}
+  if own:
+    GenerationConfig.from_dict(own).save_pretrained(place)
+    report.append('Settings of generation copied: ' + ', '.join(
+        f'{name}={value!r}' for name, value in own.items()) + '.')
+  return report
 
 
 def _write_huggingface(place, view):

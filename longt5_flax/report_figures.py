@@ -208,7 +208,8 @@ def _history_drawer(name):
 def _curve(axes, i, places, values, **style):
   """The line of run `i`, with its letter at the end."""
   axes.plot(places, values, **line_style(i), **style)
-  axes.annotate(letter(i), (places[-1], values[-1]), (5, 0),
+  # Side by side, so that curves may end in one point.
+  axes.annotate(letter(i), (places[-1], values[-1]), (5 + 9 * (i % 4), 0),
                 textcoords='offset points', va='center', fontweight='bold',
                 color=line_style(i)['color'])
 

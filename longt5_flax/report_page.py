@@ -52,7 +52,7 @@ code, .code { font-family: ui-monospace, monospace; font-size: .85rem;
 .example { border: 1px solid var(--line); border-radius: .5rem;
   padding: .8rem 1rem; margin: 0 0 1rem; }
 .texts { display: grid; gap: .8rem 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); }
 .texts div { padding: .5rem .7rem; border-radius: .3rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0;
   max-width: 44rem; font-size: .95rem; }

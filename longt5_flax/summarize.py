@@ -267,7 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument('--dtype', choices=DTYPES, default='float32',
                       help='of matrix products')
   parser.add_argument('--attention', choices=ATTENTION_IMPLEMENTATIONS,
-                      default='reference', help='precision.attention')
+                      default='auto', help='precision.attention')
   return parser
 
 

@@ -393,6 +393,12 @@ def test_report(tmp_path, capsys):
       {'benchmark': 'compile_time', 'preset': 'tglobal-large', 'length': 16384,
        'rows': 1, 'scan_layers': True, 'cold_seconds': 20.0,
        'cached_seconds': 3.0, 'trace_seconds': 2.0},
+      {'benchmark': 'compile_time', 'preset': 'tglobal-xl', 'length': 16384,
+       'rows': 1, 'scan_layers': False, 'error': 'more than 300 s'},
+      {'benchmark': 'attention', 'implementation': 'fused', 'length': 16384,
+       'rows': 2, 'forward_ms': 0.5, 'forward_p10_ms': 0.49,
+       'forward_p90_ms': 0.625, 'temporary_bytes': 2**26,
+       'error': 'out of memory'},
       step_line(16384, measure='profile', busy_ms=9.4,
                 parts_ms={'encoder MLP': 7.05, 'embedding': 2.35}),
   ]
@@ -405,6 +411,9 @@ def test_report(tmp_path, capsys):
   assert '99.0' not in out
   assert '131072 x 1 | transformers eager | out of memory |' in out
   assert '| 16384 x 1 | stacked | 20.0 | 3.0 | 2.0 |' in out
+  assert '| 16384 x 1 | unrolled | more than 300 s |  |  |' in out
+  assert ('| fused | 16384 x 2 | 0.500 (0.490 to 0.625) | out of memory | '
+          '64 MiB |') in out
   assert '| encoder MLP | 7.05 | 75.0% |' in out
   image = tmp_path / 'images' / 'train_step_tglobal-base.png'
   assert image.read_bytes().startswith(b'\x89PNG')

@@ -17,6 +17,7 @@ import golden
 import hf_folder
 import runs
 from longt5_flax import (
+    FlaxLongT5ForConditionalGeneration,
     LongT5Config,
     LongT5ForConditionalGeneration,
     convert,
@@ -109,12 +110,23 @@ def test_headless_models(tmp_path):
     assert open_tensors(f'{spec}-again').shapes == open_tensors(spec).shapes
 
 
-def test_vocabulary_goes_along(tmp_path):
-  source = hf_folder.write(tmp_path / 'source', CASE)
+def test_what_is_beside_the_weights_goes_along(tmp_path):
+  """To transformers' file and ours; old folders have it in config.json."""
+  source = hf_folder.write(tmp_path / 'source', CASE, num_beams=4)
   (source / 'spiece.model').write_bytes(b'pieces')
-  report = convert.convert(f'hf:{source}', f'hf:{tmp_path}/x')
-  assert (tmp_path / 'x' / 'spiece.model').read_bytes() == b'pieces'
-  assert report[-2:] == ['spiece.model: copied.', f'hf:{tmp_path}/x: written.']
+  (source / 'tokenizer_config.json').write_text('{"extra_ids": 300}')
+  report = convert.convert(f'hf:{source}', f'orbax:{tmp_path}/x')
+  assert report[-4:] == [
+      'spiece.model: copied.', 'tokenizer_config.json: copied.',
+      'Settings of generation copied: num_beams=4.',
+      f'orbax:{tmp_path}/x: written.']
+  convert.convert(f'orbax:{tmp_path}/x', f'hf:{tmp_path}/y')
+  assert (tmp_path / 'y' / 'spiece.model').read_bytes() == b'pieces'
+  assert (tmp_path / 'y' / 'tokenizer_config.json').read_text() == (
+      '{"extra_ids": 300}')
+  for spec in (f'orbax:{tmp_path}/x', f'hf:{tmp_path}/y'):
+    model = FlaxLongT5ForConditionalGeneration.from_pretrained(spec)
+    assert model.generation_config.num_beams == 4
 
 
 def test_report_is_printed(sources, tmp_path, capsys):

@@ -1,7 +1,9 @@
 """The README's fine-tuning, command by command, at a smaller size: from the
-quickstart's checkpoint to scores on real meetings."""
+quickstart's checkpoint to scores on real meetings, a summary and a report."""
 
+import io
 import json
+import lzma
 import shlex
 
 import numpy as np
@@ -11,7 +13,7 @@ import eval as eval_command
 import runs
 import tiny_runs
 import train
-from longt5_flax import compare, summarize
+from longt5_flax import compare, report, summarize
 from longt5_flax.interop.open import open_tensors
 from longt5_flax.training import partitioning
 
@@ -19,8 +21,8 @@ PRETRAIN = 'train.py --config=configs/quickstart.py'
 FINETUNE = 'train.py --config=configs/quickstart_finetune.py'
 EVALUATE = ('eval.py --workdir=runs/quickstart_finetune '
             '--config.eval.num_beams=4')
-SUMMARIZE = ('-m longt5_flax.summarize '
-             '--checkpoint=run:runs/quickstart_finetune README.md')
+SUMMARIZE = '--checkpoint=run:runs/quickstart_finetune --num_beams=4'
+REPORT = 'runs/quickstart runs/quickstart_finetune --output=report'
 # A layer of 32 features, and few steps.
 MODEL = {'model.num_layers': 1, 'model.d_model': 32, 'model.d_ff': 64}
 SMALLER = {
@@ -39,7 +41,7 @@ SMALLER = {
 def folder(tmp_path_factory, cache):
   """Where the commands have been run, one after the other."""
   folder = tmp_path_factory.mktemp('walkthrough')
-  for name in ('configs', 'corpus', 'tests', 'README.md'):
+  for name in ('configs', 'corpus', 'tests'):
     (folder / name).symlink_to(runs.ROOT / name)
   with (pytest.MonkeyPatch.context() as patch, tiny_runs.own_signals(),
         tiny_runs.cheap_compilation(cache)):
@@ -89,13 +91,30 @@ def test_evaluation_is_of_the_best_checkpoint(folder):
       ).keys() == predictions.keys()
 
 
-def test_it_summarises(folder, monkeypatch, capsys, cache):
-  """With the run's vocabulary, and as much of the text as it was trained to
-  read."""
+def test_summary_is_what_was_evaluated(folder, cache, monkeypatch, capsys):
+  """The same checkpoint, vocabulary, cut and lengths, found by themselves."""
+  path = runs.ROOT / 'tests/testdata/qmsum/validation.jsonl.xz'
+  with lzma.open(path) as file:
+    example = json.loads(file.readline())
   monkeypatch.chdir(folder)
-  capsys.readouterr()
+  monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(
+      example['inputs'].encode())))
   with tiny_runs.cheap_compilation(cache):
-    assert summarize.main([*shlex.split(SUMMARIZE)[2:], '--max_length=4']) == 0
-  captured = capsys.readouterr()
-  assert 'too long for --max_input_length=160' in captured.err
-  assert captured.out.endswith('\n')
+    assert summarize.main(shlex.split(SUMMARIZE)) == 0
+  written = capsys.readouterr()
+  assert 'standard input: ' in written.err
+  best = json.loads((folder / 'runs/quickstart_finetune/best.json').read_text())
+  predictions = compare.read_predictions(
+      f'runs/quickstart_finetune/eval/{best["best"]}/predictions.jsonl')
+  prediction = predictions[example['id']]['prediction']
+  assert len(prediction) > 10
+  assert written.out == f'{prediction}\n'
+
+
+def test_report_of_both_runs(folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  assert report.main(shlex.split(REPORT)) == 0
+  page = (folder / 'report/report.html').read_text('utf-8')
+  for words in ('quickstart_finetune', 'data.objective', 'rougeLsum by step',
+                'qmsum-val-Bed002-g0', 'Do not compare the runs by it'):
+    assert words in page

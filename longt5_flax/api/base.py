@@ -167,7 +167,7 @@ class FlaxLongT5PreTrainedModel:
         message names file and tensor.
     """
     # Here, so that `import longt5_flax` does without Orbax.
-    from longt5_flax.interop.open import open_tensors
+    from longt5_flax.interop.open import open_tensors, split_spec
     from longt5_flax.interop.tensors import load_params
     _check_hub_options('from_pretrained', options)
     path = os.path.join(os.fspath(pretrained_model_name_or_path),
@@ -184,7 +184,7 @@ class FlaxLongT5PreTrainedModel:
         allow_extra=cls.unused_tensors)
     for line in tensors.report:
       _LOGGER.info(line)
-    model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = GenerationConfig.of_checkpoint(*split_spec(path))
     if not _do_init:
       return model, params
     model._params = params

@@ -81,7 +81,7 @@ class GenerationConfig:
     Raises:
       ConfigError: the file is no JSON object.
     """
-    directory = os.fspath(directory).removeprefix('hf:')
+    directory = os.fspath(directory)
     if os.path.isfile(directory):
       directory = os.path.dirname(directory)
     for name in (FILE, 'config.json'):
@@ -89,6 +89,16 @@ class GenerationConfig:
       if os.path.isfile(path):
         return cls.from_dict(read_json_object(path))
     return cls()
+
+  @classmethod
+  def of_checkpoint(cls, kind: str, path: str) -> 'GenerationConfig':
+    """Reads the settings beside weights, of which only the kinds 'hf' and
+    'orbax' have any.
+
+    Raises:
+      ConfigError: see `from_pretrained`.
+    """
+    return cls.from_pretrained(path) if kind in ('hf', 'orbax') else cls()
 
   def save_pretrained(self, directory: str | os.PathLike) -> None:
     """Adds the settings to `generation_config.json`."""

@@ -130,7 +130,8 @@ def check_tensors(tensors: Tensors, wanted: Any,
   if missing:
     raise WeightsError(
         f'{tensors.origin}: tensor {_both_names(tensors, missing[0])} of shape '
-        f'{shapes[missing[0]]} is missing{_and_more(missing)}.')
+        f'{shapes[missing[0]]} is missing{_and_more(missing)}'
+        f'{_perhaps_renamed(tensors, extra, shapes[missing[0]])}.')
   if extra:
     raise WeightsError(
         f'{tensors.origin}: tensor {_both_names(tensors, extra[0])} of shape '
@@ -232,6 +233,13 @@ def _matches(name, patterns):
 def _both_names(tensors, name):
   stored = tensors.stored_name(name)
   return stored if stored == name else f'{stored} ({name})'
+
+
+def _perhaps_renamed(tensors, extra, shape):
+  """What a missing tensor may be called there."""
+  same = [name for name in extra if tuple(tensors.shapes[name]) == shape]
+  return (f'; {_both_names(tensors, same[0])} of that shape has no place in '
+          'this model' if same else '')
 
 
 def _and_more(names):

@@ -18,6 +18,7 @@ from longt5_flax.model.kernels import fused_attention_tpu as kernels
 from longt5_flax.model.kernels.calls import (
     KernelOptions,
     covering_run,
+    ranges_meet,
     segment_range,
 )
 from longt5_flax.model.kernels.fused_attention_tpu import (
@@ -37,6 +38,8 @@ LANES = 128
 MAX_RADIUS = 512
 # Blocks of a tile, and tiles of a tile of global tokens, at most.
 _BLOCKS = 4
+# Features of a group of heads, at most; or one head.
+_GROUP_SIZE = 128
 
 
 def attend(
@@ -65,17 +68,15 @@ def attend(
         f"local_radius={radius} must be at most {MAX_RADIUS} for "
         "attention='fused' on a TPU; attention='chunked' takes any.")
   geometry = _geometry(tokens, tables, block_size, options)
-  more_heads = -heads % geometry.heads
   operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
   def prepare(x, multiple):
     x = jnp.pad(x.astype(operand), (
-        (0, 0), (0, -x.shape[1] % multiple), (0, more_heads),
-        (0, geometry.lanes // geometry.heads - size)))
-    return x.reshape(*x.shape[:2], -1)
+        (0, 0), (0, -x.shape[1] % multiple), (0, 0),
+        (0, geometry.size - size)))
+    return jnp.moveaxis(x, 1, 3).reshape(x.shape[0], -1, x.shape[1])
 
-  bias, *side_bias = (
-      jnp.pad(x.astype(jnp.float32), ((0, more_heads), (0, 0))) for x in tables)
+  bias, *side_bias = (x.astype(jnp.float32) for x in tables)
   segment_ids = jnp.pad(ids[0], ((0, 0), (0, -length % geometry.tile)))
   layout, side = None, ()
   if block_size:
@@ -84,8 +85,9 @@ def attend(
   output = _fused(
       geometry, *(prepare(x, geometry.tile) for x in tokens[:3]), bias,
       segment_ids, layout, side)
-  output = output.reshape(*output.shape[:2], heads + more_heads, -1)
-  return output[:, :length, :heads, :size].astype(query.dtype)
+  output = jnp.moveaxis(
+      output.reshape(output.shape[0], heads, geometry.size, -1), 3, 1)
+  return output[:, :length, :, :size].astype(query.dtype)
 
 
 def _geometry(tokens, tables, block_size, options):
@@ -94,11 +96,7 @@ def _geometry(tokens, tables, block_size, options):
   block = round_up(max(1, tables[0].shape[1] // 2), unit)
   tile = block * min(
       max(1, _BLOCKS * unit // block), round_up(length, block) // block)
-  # Heads of a group fill the lanes; each has a size that divides them, or is
-  # a multiple.
-  size = (max(ALIGNMENT, 1 << (size - 1).bit_length()) if size <= LANES
-          else round_up(size, LANES))
-  group = min(heads, max(1, LANES // size))
+  size = round_up(size, ALIGNMENT)
   side_tile = rows = reach = 0
   if block_size:
     side_tile = min(_BLOCKS * unit, round_up(tokens[3].shape[1], unit))
@@ -106,8 +104,10 @@ def _geometry(tokens, tables, block_size, options):
     # rounded down by.
     rows = round_up(tile // block_size + 2 + ALIGNMENT - 1, ALIGNMENT)
     reach = tables[1].shape[1] // 2
-  return Geometry(block, tile, side_tile, rows, reach, group, group * size,
-                  options.interpret)
+  group = max(n for n in range(1, heads + 1)
+              if heads % n == 0 and n <= max(1, _GROUP_SIZE // size))
+  return Geometry(
+      block, tile, side_tile, rows, reach, group, size, options.interpret)
 
 
 class _Layout(NamedTuple):
@@ -133,11 +133,9 @@ def _layout(geometry, segment_ids, side_segments, block_ids):
   firsts -= firsts % ALIGNMENT
   rows = jnp.where(own, block_ids - firsts[..., None], -1)
 
-  least, most = segment_range(segment_ids.reshape(*block_ids.shape))
-  side_least, side_most = segment_range(
-      side_segments.reshape(batch, -1, geometry.side_tile))
-  sees = (side_least[:, None] <= most[..., None]) & (
-      least[..., None] <= side_most[:, None])
+  sees = ranges_meet(
+      segment_range(segment_ids.reshape(block_ids.shape)),
+      segment_range(side_segments.reshape(batch, -1, geometry.side_tile)))
   spans = Spans(*(jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
       (firsts, *covering_run(sees)), covering_run(sees.swapaxes(1, 2)))))
   return _Layout(side_segments, rows.reshape(batch, -1), spans)
@@ -162,11 +160,10 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
 
 def _fused_backward(geometry, residuals, gradient):
   tokens, bias, layout, side, output, lse = residuals
-  batch, length, _ = output.shape
-  delta = jnp.sum(
-      (gradient.astype(jnp.float32) * output).reshape(
-          batch, length, *lse.shape[1:3], -1), axis=-1)
-  rows = Rows(gradient, lse, jnp.moveaxis(delta, 1, 3))
+  batch, groups, heads, length = lse.shape
+  delta = jnp.sum((gradient.astype(jnp.float32) * output).reshape(
+      batch, groups, heads, -1, length), axis=3)
+  rows = Rows(gradient, lse, delta)
   arrays = _globals(geometry, layout, side)
   spans = layout and layout.spans
   d_query, (d_tiles, *d_side_biases) = kernels.backward_query(
@@ -185,10 +182,9 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _side_backward(geometry, spans, tokens, arrays, rows, side, d_biases):
-  num_globals, (d_table, d_far) = side[0].shape[1], d_biases
-  d_key, d_value = (
-      x[:, :num_globals] for x in kernels.backward_side(
-          geometry, spans, tokens, arrays, rows))
+  d_table, d_far = d_biases
+  d_key, d_value = kernels.backward_side(
+      geometry, spans, tokens, arrays, rows)
   d_bias, = jax.linear_transpose(partial(_table, geometry), side[2])(d_table)
   before, behind = jnp.sum(d_far, axis=-1).reshape(-1, 2).T
   return d_key, d_value, d_bias.at[:, 0].add(before).at[:, -1].add(behind)

@@ -56,6 +56,9 @@ def in_folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures('in_folder')
 def test_api(capsys):
   found = run_page('docs/api.md')
+  # Cut to 16,384 tokens, none of them padding.
+  assert len(found['tokenizer'](found['article']).input_ids) > 16384
+  assert found['half'].dtype == 'float16'
   assert found['output'].sequences.shape == (1, 512)
   assert np.all(np.isfinite(found['output'].scores))
   assert found['logits'].shape == (2, found['labels'].shape[1], 500)

@@ -256,7 +256,8 @@ def test_renamed_tensor(tmp_path):
   path = hf_folder.write(tmp_path, CASE, arrays) / 'model.safetensors'
   ours = 'encoder/layers_1/attention/query/kernel'
   assert refusal(tmp_path) == (
-      f'{path}: tensor {QUERY} ({ours}) of shape (32, 32) is missing.')
+      f'{path}: tensor {QUERY} ({ours}) of shape (32, 32) is missing; '
+      'encoder.query of that shape has no place in this model.')
   assert refusal(tmp_path, allow_missing=['encoder/layers_*']) == (
       f'{path}: tensor encoder.query of shape (32, 32) has no place in this '
       'model.')

@@ -3,12 +3,10 @@
 Long because forward and backward share one geometry. `fused_attention_tpu` says
 what they compute and makes their arrays.
 
-Scores lie with keys along sublanes and queries along lanes: maxima and sums
-over keys are then rows, as are the logarithms that the backward pass reads.
-Heads stand beside each other in lanes, as the projections leave them, and a
-program takes a group that fills 128. A product with one head's queries is one
-with the group's, the lanes of other heads zero: nothing is moved between lanes,
-and no padding is read.
+Tokens lie along lanes and features of a head along sublanes: a head is cut out
+without moving anything, and XLA leaves what the projections make that way too.
+Scores have keys along sublanes and queries along lanes: maxima and sums over
+keys are then rows, as are the logarithms that the backward pass reads.
 
 A query tile meets two kinds of keys:
 
@@ -47,8 +45,11 @@ ALIGNMENT = 16
 _NOWHERE = -1
 _VMEM_BYTES = 64 * 2**20
 
-_ROWS_BY_ROWS = ((1,), (1,))
-_ROWS_BY_COLUMNS = ((1,), (0,))
+# What products sum over: of a matrix's rows and another's columns, of both's
+# rows, and of both's columns.
+_ROWS_COLUMNS = ((1,), (0,))
+_ROWS_ROWS = ((1,), (1,))
+_COLUMNS_COLUMNS = ((0,), (0,))
 
 
 class Geometry(NamedTuple):
@@ -60,8 +61,8 @@ class Geometry(NamedTuple):
     side_tile: global tokens of a tile; 0 without global tokens.
     rows: of the one-hot matrices.
     reach: the offset from which on the side bias is one number.
-    heads: of a group.
-    lanes: of a group; heads times their size.
+    heads: that a program takes, a group.
+    size: of a head.
     interpret: run on any device, slowly.
   """
   block: int
@@ -70,7 +71,7 @@ class Geometry(NamedTuple):
   rows: int
   reach: int
   heads: int
-  lanes: int
+  size: int
   interpret: bool
 
   @property
@@ -88,7 +89,7 @@ class Tokens(NamedTuple):
   """Tokens and their biases, as the kernels take them; L whole tiles.
 
   Attributes:
-    query, key, value: [B, L, H K].
+    query, key, value: [B, H K, L].
     segment_ids: [B, 1, L], 0 is padding.
     bias: of the queries of a block towards the keys of its window,
       [H, 3 block, block], or of the queries of a window towards the keys of a
@@ -105,7 +106,7 @@ class Globals(NamedTuple):
   """Global tokens and their biases, as the kernels take them.
 
   Attributes:
-    key, value: [B, S, H K]; S whole tiles.
+    key, value: [B, H K, S]; S whole tiles.
     segment_ids: [B, 1, S], 0 is none.
     rows: [B, 1, L], which row of its tile's one-hot matrix a token has. Without
       a block, -1: its segment has no global token that it could see.
@@ -138,7 +139,7 @@ class Rows(NamedTuple):
   """What the backward pass knows of queries.
 
   Attributes:
-    gradient: of what they attended to, [B, L, H K].
+    gradient: of what they attended to, [B, H K, L].
     lse: the logarithm of each softmax's sum, [B, groups, heads, L].
     delta: the product of gradient and output, [B, groups, heads, L].
   """
@@ -163,23 +164,12 @@ def _dot(geometry, a, b, contracted):
       preferred_element_type=jnp.float32)
 
 
-def _head(geometry, x, head):
-  """x [n, lanes] with the lanes of other heads zero."""
-  if geometry.heads == 1:
-    return x
-  size = geometry.lanes // geometry.heads
-  lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-  own = (lane >= head * size) & (lane < (head + 1) * size)
-  # In float32: some TPUs compute in nothing narrower.
-  return jnp.where(own, x.astype(jnp.float32), 0).astype(x.dtype)
-
-
 def _by_head(geometry):
-  """Each head of a group with its row of [heads, n] and of [lanes, n]."""
-  size = geometry.lanes // geometry.heads
+  """Each head of a group, its row of [heads, n] and its features of [heads
+  size, n]."""
   for head in range(geometry.heads):
-    yield (head, slice(head, head + 1),
-           slice(head * size, (head + 1) * size))
+    start = head * geometry.size
+    yield head, slice(head, head + 1), slice(start, start + geometry.size)
 
 
 def _blocks(geometry):
@@ -196,20 +186,20 @@ def _column(row):
 
 def _scores(geometry, key, query, bias, key_segments, query_segments):
   """[keys, queries], of segments [keys, 1] and [1, queries]."""
-  scores = _dot(geometry, key, query, _ROWS_BY_ROWS) + bias
+  scores = _dot(geometry, key, query, _COLUMNS_COLUMNS) + bias
   return jnp.where(key_segments == query_segments, scores, MASKED)
 
 
 def _weights_and_gradient(geometry, scores, value, gradient, lse, delta):
   """Weights, and the gradient of scores; both [keys, queries]."""
   weights = jnp.exp(scores - lse)
-  d_weights = _dot(geometry, value, gradient, _ROWS_BY_ROWS)
+  d_weights = _dot(geometry, value, gradient, _COLUMNS_COLUMNS)
   return weights, weights * (d_weights - delta)
 
 
-def _window(refs, axis=0):
+def _window(refs):
   """A tile between its neighbouring blocks."""
-  return jnp.concatenate([ref[...] for ref in refs], axis=axis)
+  return jnp.concatenate([ref[...] for ref in refs], axis=1)
 
 
 def _window_segments(refs, tile, tiles):
@@ -252,8 +242,8 @@ def _with_side_bias(
     one_hot = jnp.where(
         row == index % geometry.rows, 1.0, 0.0).astype(table.dtype)
     update(lambda head: _dot(
-        geometry, table[head, pl.ds(start, size), :], one_hot,
-        _ROWS_BY_COLUMNS), _Place(start, one_hot, None))
+        geometry, table[head, pl.ds(start, size), :], one_hot, _ROWS_COLUMNS),
+           _Place(start, one_hot, None))
 
   @pl.when(jnp.logical_not(near))
   def _beyond_reach():
@@ -281,7 +271,7 @@ def _add_to_side_bias(geometry, d_table, d_far, head, place, d_scores):
   if place.one_hot is not None:
     d_table[head, pl.ds(place.start, geometry.side_tile), :] += _dot(
         geometry, d_scores.astype(place.one_hot.dtype),
-        place.one_hot[:geometry.rows], _ROWS_BY_ROWS)
+        place.one_hot[:geometry.rows], _ROWS_ROWS)
   else:
     sums = jnp.sum(d_scores, axis=0, keepdims=True)
     before, behind = (slice(2 * head + i, 2 * head + i + 1) for i in range(2))
@@ -298,29 +288,26 @@ def _forward(geometry, spans, tokens, side, out, lse, softmax):
 
   @pl.when(step == 0)
   def _local():
-    key, value = _window(tokens.key), _window(tokens.value).T
+    key, value = _window(tokens.key), _window(tokens.value)
     key_segments = _column(_window_segments(tokens.segment_ids, tile, tiles))
-    for head, line, lanes in _by_head(geometry):
-      query = _head(geometry, tokens.query[...], head)
+    for head, line, part in _by_head(geometry):
       for own, window in _blocks(geometry):
         scores = _scores(
-            geometry, key[window], query[own], tokens.bias[head],
-            key_segments[window], segments[:, own])
+            geometry, key[part, window], tokens.query[part, own],
+            tokens.bias[head], key_segments[window], segments[:, own])
         top[line, own] = jnp.max(scores, axis=0, keepdims=True)
         weights = jnp.exp(scores - top[line, own])
         total[line, own] = jnp.sum(weights, axis=0, keepdims=True)
-        output[lanes, own] = _dot(
-            geometry, value[lanes, window], weights.astype(dtype),
-            _ROWS_BY_COLUMNS)
+        output[part, own] = _dot(
+            geometry, value[part, window], weights.astype(dtype), _ROWS_COLUMNS)
 
   def attend(bias, place):
     del place
-    value = side.value[...].T
     key_segments = _column(side.segment_ids[...])
-    for head, line, lanes in _by_head(geometry):
+    for head, line, part in _by_head(geometry):
       scores = _scores(
-          geometry, side.key[...], _head(geometry, tokens.query[...], head),
-          bias(head), key_segments, segments)
+          geometry, side.key[part, :], tokens.query[part, :], bias(head),
+          key_segments, segments)
       old_top = top[line, :]
       new_top = jnp.maximum(old_top, jnp.max(scores, axis=0, keepdims=True))
       shrink = jnp.exp(old_top - new_top)
@@ -328,8 +315,8 @@ def _forward(geometry, spans, tokens, side, out, lse, softmax):
       top[line, :] = new_top
       total[line, :] = total[line, :] * shrink + jnp.sum(
           weights, axis=0, keepdims=True)
-      output[lanes, :] = output[lanes, :] * shrink + _dot(
-          geometry, value[lanes], weights.astype(dtype), _ROWS_BY_COLUMNS)
+      output[part, :] = output[part, :] * shrink + _dot(
+          geometry, side.value[part, :], weights.astype(dtype), _ROWS_COLUMNS)
 
   if side is not None:
     _with_globals(geometry, spans, side, attend)
@@ -337,12 +324,12 @@ def _forward(geometry, spans, tokens, side, out, lse, softmax):
   @pl.when(step == steps - 1)
   def _finish():
     real = segments > 0
-    for _, line, lanes in _by_head(geometry):
-      output[lanes, :] = jnp.where(real, output[lanes, :] / total[line, :], 0)
+    for _, line, part in _by_head(geometry):
+      out[part, :] = jnp.where(
+          real, output[part, :] / total[line, :], 0).astype(out.dtype)
       # What padding sees must have no weight in the backward pass.
       lse[line, :] = jnp.where(
           real, top[line, :] + jnp.log(total[line, :]), -MASKED)
-    out[...] = output[...].T.astype(out.dtype)
 
 
 def _backward_query(geometry, spans, tokens, side, rows, d_query_ref,
@@ -364,43 +351,37 @@ def _backward_query(geometry, spans, tokens, side, rows, d_query_ref,
   def _local():
     key, value = _window(tokens.key), _window(tokens.value)
     key_segments = _column(_window_segments(tokens.segment_ids, tile, tiles))
-    across = key.T
-    for head, line, lanes in _by_head(geometry):
-      query = _head(geometry, tokens.query[...], head)
-      gradient = _head(geometry, rows.gradient[...], head)
+    for head, line, part in _by_head(geometry):
       for own, window in _blocks(geometry):
         scores = _scores(
-            geometry, key[window], query[own], tokens.bias[head],
-            key_segments[window], segments[:, own])
+            geometry, key[part, window], tokens.query[part, own],
+            tokens.bias[head], key_segments[window], segments[:, own])
         _, d_scores = _weights_and_gradient(
-            geometry, scores, value[window], gradient[own],
+            geometry, scores, value[part, window], rows.gradient[part, own],
             rows.lse[line, own], rows.delta[line, own])
         d_bias[head] += d_scores
-        d_query[lanes, own] = _dot(
-            geometry, across[lanes, window], d_scores.astype(dtype),
-            _ROWS_BY_COLUMNS)
+        d_query[part, own] = _dot(
+            geometry, key[part, window], d_scores.astype(dtype), _ROWS_COLUMNS)
 
   def differentiate(bias, place):
-    key, key_segments = side.key[...], _column(side.segment_ids[...])
-    across = key.T
-    for head, line, lanes in _by_head(geometry):
+    key_segments = _column(side.segment_ids[...])
+    for head, line, part in _by_head(geometry):
       scores = _scores(
-          geometry, key, _head(geometry, tokens.query[...], head), bias(head),
+          geometry, side.key[part, :], tokens.query[part, :], bias(head),
           key_segments, segments)
       _, d_scores = _weights_and_gradient(
-          geometry, scores, side.value[...],
-          _head(geometry, rows.gradient[...], head), rows.lse[line, :],
-          rows.delta[line, :])
+          geometry, scores, side.value[part, :], rows.gradient[part, :],
+          rows.lse[line, :], rows.delta[line, :])
       _add_to_side_bias(geometry, d_table, d_far, head, place, d_scores)
-      d_query[lanes, :] += _dot(
-          geometry, across[lanes], d_scores.astype(dtype), _ROWS_BY_COLUMNS)
+      d_query[part, :] += _dot(
+          geometry, side.key[part, :], d_scores.astype(dtype), _ROWS_COLUMNS)
 
   if side is not None:
     _with_globals(geometry, spans, side, differentiate)
 
   @pl.when(step == steps - 1)
   def _finish():
-    d_query_ref[...] = d_query[...].T.astype(d_query_ref.dtype)
+    d_query_ref[...] = d_query[...].astype(d_query_ref.dtype)
 
 
 def _backward_key(geometry, spans, tokens, rows, d_key_ref, d_value_ref,
@@ -408,28 +389,23 @@ def _backward_key(geometry, spans, tokens, rows, d_key_ref, d_value_ref,
   del spans, scratch
   tile, tiles = pl.program_id(2), pl.num_programs(2)
   dtype = tokens.key.dtype
-  key, value = tokens.key[...], tokens.value[...]
   key_segments = _column(tokens.segment_ids[1][...])
   segments = _window_segments(tokens.segment_ids, tile, tiles)
-  lse, delta = _window(rows.lse, axis=1), _window(rows.delta, axis=1)
-  queries, gradients = (
-      [_head(geometry, _window(refs), head) for head in range(geometry.heads)]
-      for refs in (tokens.query, rows.gradient))
-  for own, window in _blocks(geometry):
-    d_key = d_value = jnp.zeros((geometry.block, geometry.lanes), jnp.float32)
-    for head, line, _ in _by_head(geometry):
-      query, gradient = queries[head][window], gradients[head][window]
+  query, gradient, lse, delta = (
+      _window(refs) for refs in (tokens.query, *rows))
+  for head, line, part in _by_head(geometry):
+    for own, window in _blocks(geometry):
       scores = _scores(
-          geometry, key[own], query, tokens.bias[head], key_segments[own],
-          segments[:, window])
+          geometry, tokens.key[part, own], query[part, window],
+          tokens.bias[head], key_segments[own], segments[:, window])
       weights, d_scores = _weights_and_gradient(
-          geometry, scores, value[own], gradient, lse[line, window],
-          delta[line, window])
-      d_key += _dot(geometry, d_scores.astype(dtype), query, _ROWS_BY_COLUMNS)
-      d_value += _dot(
-          geometry, weights.astype(dtype), gradient, _ROWS_BY_COLUMNS)
-    d_key_ref[own, :] = d_key.astype(dtype)
-    d_value_ref[own, :] = d_value.astype(dtype)
+          geometry, scores, tokens.value[part, own], gradient[part, window],
+          lse[line, window], delta[line, window])
+      for ref, left, right in ((d_key_ref, query, d_scores),
+                               (d_value_ref, gradient, weights)):
+        ref[part, own] = _dot(
+            geometry, left[part, window], right.astype(dtype), _ROWS_ROWS
+        ).astype(dtype)
 
 
 def _backward_side(geometry, spans, tokens, side, rows, d_key_ref,
@@ -448,23 +424,22 @@ def _backward_side(geometry, spans, tokens, side, rows, d_key_ref,
 
   @pl.when(tile < end)
   def _queries():
-    key, value = side.key[...], side.value[...]
     key_segments = _column(side.segment_ids[...])
 
     def update(bias, place):
       del place
-      for head, line, _ in _by_head(geometry):
-        query = _head(geometry, tokens.query[...], head)
-        gradient = _head(geometry, rows.gradient[...], head)
-        scores = _scores(geometry, key, query, bias(head), key_segments,
-                         tokens.segment_ids[...])
+      for head, line, part in _by_head(geometry):
+        query, gradient = tokens.query[part, :], rows.gradient[part, :]
+        scores = _scores(
+            geometry, side.key[part, :], query, bias(head), key_segments,
+            tokens.segment_ids[...])
         weights, d_scores = _weights_and_gradient(
-            geometry, scores, value, gradient, rows.lse[line, :],
+            geometry, scores, side.value[part, :], gradient, rows.lse[line, :],
             rows.delta[line, :])
-        d_key[...] += _dot(
-            geometry, d_scores.astype(query.dtype), query, _ROWS_BY_COLUMNS)
-        d_value[...] += _dot(
-            geometry, weights.astype(query.dtype), gradient, _ROWS_BY_COLUMNS)
+        d_key[part, :] += _dot(
+            geometry, query, d_scores.astype(query.dtype), _ROWS_ROWS)
+        d_value[part, :] += _dot(
+            geometry, gradient, weights.astype(query.dtype), _ROWS_ROWS)
 
     first_block = spans.queries[3 * (row * steps + tile)]
     _with_side_bias(
@@ -489,8 +464,8 @@ def _cut(geometry, size, index, x):
   if x.shape[1] == 1:
     return pl.BlockSpec((None, 1, size),
                         lambda g, b, *rest: (b, 0, index(b, *rest)))
-  return pl.BlockSpec((None, size, geometry.lanes),
-                      lambda g, b, *rest: (b, index(b, *rest), g))
+  return pl.BlockSpec((None, geometry.heads * geometry.size, size),
+                      lambda g, b, *rest: (b, g, index(b, *rest)))
 
 
 def _own(b, i, *rest):
@@ -574,10 +549,10 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(geometry, tokens, side):
-  rows, length, width = tokens.key.shape
-  side_tiles = side.key.shape[1] // geometry.side_tile if side else 0
-  return _Sizes(width // geometry.lanes, rows, length // geometry.tile,
-                side_tiles)
+  rows, features, length = tokens.query.shape
+  side_tiles = side.key.shape[2] // geometry.side_tile if side else 0
+  return _Sizes(features // (geometry.heads * geometry.size), rows,
+                length // geometry.tile, side_tiles)
 
 
 def _products(geometry, sizes, local, side):
@@ -585,7 +560,7 @@ def _products(geometry, sizes, local, side):
   keys = 3 * geometry.block * local + (
       sizes.side_tiles * geometry.side_tile * side)
   queries = sizes.rows * sizes.tiles * geometry.tile
-  return queries * keys * geometry.lanes * sizes.groups
+  return queries * keys * geometry.size * geometry.heads * sizes.groups
 
 
 def _query_specs(geometry, sizes, tokens, side):
@@ -606,7 +581,7 @@ def _query_specs(geometry, sizes, tokens, side):
 
 def forward(geometry: Geometry, spans: Spans | None, tokens: Tokens,
             side: Globals | None) -> tuple[jax.Array, jax.Array]:
-  """What tokens attend to, [B, L, H K], and the logarithm of each softmax's
+  """What tokens attend to, [B, H K, L], and the logarithm of each softmax's
   sum, [B, groups, heads, L].
 
   Args:
@@ -617,7 +592,7 @@ def forward(geometry: Geometry, spans: Spans | None, tokens: Tokens,
   """
   sizes = _sizes(geometry, tokens, side)
   lse = jax.ShapeDtypeStruct(
-      (sizes.rows, sizes.groups, geometry.heads, tokens.key.shape[1]),
+      (sizes.rows, sizes.groups, geometry.heads, tokens.query.shape[2]),
       jnp.float32)
   specs = _query_specs(geometry, sizes, tokens, side)
   return _call(
@@ -625,7 +600,8 @@ def forward(geometry: Geometry, spans: Spans | None, tokens: Tokens,
       (spans, _with_windows_of_keys(tokens), side), specs,
       ((jax.typeof(tokens.query), lse),
        (specs[0].query, _cut(geometry, geometry.tile, _own, lse))),
-      [(geometry.heads, geometry.tile)] * 2 + [(geometry.lanes, geometry.tile)],
+      [(geometry.heads, geometry.tile)] * 2 + [
+          (geometry.heads * geometry.size, geometry.tile)],
       _products(geometry, sizes, 2, 2))
 
 
@@ -633,7 +609,7 @@ def backward_query(
     geometry: Geometry, spans: Spans | None, tokens: Tokens,
     side: Globals | None, rows: Rows,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None, jax.Array | None]]:
-  """The gradient of queries, [B, L, H K], and those of biases: of the tokens',
+  """The gradient of queries, [B, H K, L], and those of biases: of the tokens',
   of one part of the table, [H, table_rows, rows], and of the far ones, [groups,
   2 heads, tile], sums over the last dimension. The last two are None without
   global tokens. Arguments are as of `forward`."""
@@ -658,15 +634,16 @@ def backward_query(
       ((jax.typeof(tokens.query),
         (float32(*tokens.bias.shape), d_table, d_far)),
        (specs[0].query, (specs[0].bias, table_spec, far_spec))),
-      [(geometry.lanes, geometry.tile)], _products(geometry, sizes, 3, 3))
+      [(geometry.heads * geometry.size, geometry.tile)],
+      _products(geometry, sizes, 3, 3))
 
 
 def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
                  ) -> tuple[jax.Array, jax.Array]:
-  """The gradients of keys and values, [B, L, H K]; the bias is that of a window
+  """The gradients of keys and values, [B, H K, L]; the bias is that of a window
   of queries towards keys."""
   sizes = _sizes(geometry, tokens, None)
-  around = partial(_around, geometry, tokens.key.shape[1])
+  around = partial(_around, geometry, tokens.key.shape[2])
   own = _cut(geometry, geometry.tile, _own, tokens.key)
   specs = (
       Tokens(around(tokens.query), own, own, around(tokens.segment_ids),
@@ -684,7 +661,7 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
 def backward_side(
     geometry: Geometry, spans: Spans, tokens: Tokens, side: Globals,
     rows: Rows) -> tuple[jax.Array, jax.Array]:
-  """The gradients of global keys and values, [B, S, H K]."""
+  """The gradients of global keys and values, [B, H K, S]."""
   sizes = _sizes(geometry, tokens, side)
 
   def tile(b, i, j, spans):
@@ -701,7 +678,7 @@ def backward_side(
       (spans, tokens, side, rows),
       (jax.tree.map(cut, tokens), side_specs, jax.tree.map(cut, rows)),
       ((jax.typeof(side.key),) * 2, (side_specs.key,) * 2),
-      [(geometry.side_tile, geometry.lanes)] * 2,
+      [(geometry.heads * geometry.size, geometry.side_tile)] * 2,
       _products(geometry, sizes, 0, 4))
 
 
