@@ -291,16 +291,16 @@ def test_bad_line_of_scrolls(change, problem, register, tmp_path):
 
 
 @pytest.mark.parametrize('name, what', [
-    ('media_sum', 'no file {}/media_sum/train.tfrecords: it is made by hand '
-     'from longt5/data/mediasum_preprocess.py of google-research/longt5, and '
-     'its folder named by --config.data.task_dir=DIR'),
+    ('media_sum', 'no file {}/media_sum/train.tfrecords: it is made by hand, '
+     'from MediaSum by mediasum_preprocess.py of google-research/longt5, and '
+     '--config.data.task_dir=DIR names the folder that it is put in'),
     ('natural_questions', 'no file {}/natural_questions/nq-train-????[0-8]-of-'
-     '?????: it is made by hand from longt5/data/nq_preprocess.py of '
-     'google-research/longt5, and its folder named by '
-     '--config.data.task_dir=DIR'),
-    ('qasper', 'no file {}/scrolls/qasper/train.jsonl: it is made by hand from '
-     'qasper.zip of SCROLLS, scrolls-benchmark.com, and its folder named by '
-     '--config.data.task_dir=DIR'),
+     '?????: it is made by hand, from NaturalQuestions by nq_preprocess.py of '
+     'google-research/longt5, and --config.data.task_dir=DIR names the folder '
+     'that it is put in'),
+    ('qasper', 'no file {}/scrolls/qasper/train.jsonl: it is made by hand, '
+     'from qasper.zip of SCROLLS, scrolls-benchmark.com, and '
+     '--config.data.task_dir=DIR names the folder that it is put in'),
     ('arxiv', 'no data of scientific_papers/arxiv:1.1.1 in {}/'
      'scientific_papers/arxiv/1.1.1: `tfds build scientific_papers/arxiv` '
      'downloads and prepares it, and --config.data.tfds_dir=DIR names its '
