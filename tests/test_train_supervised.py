@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 
+import eval as eval_command
 import runs
 import tiny_runs
 import train
+from longt5_flax import compare
 from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
@@ -147,6 +149,12 @@ def test_task_of_the_paper(settings, tmp_path):
   assert f'cut_inputs {long},' in run.printed
   assert 'seqio task longt5_qmsum; of 8 held out 2 inputs and' in run.printed
   assert run.lines('validation')[-1]['loss'] > 0
+  assert eval_command.run([
+      f'--workdir={run.workdir}', '--config.eval.metric=qmsum']) == 0
+  [predictions] = run.workdir.glob('eval/*/predictions.jsonl')
+  written = compare.read_predictions(str(predictions))
+  assert [each['references'] for each in written.values()] == [
+      [each['targets']] for each in EXAMPLES[:8]]
 
 
 def refuses(kind, message, workdir, overrides):

@@ -56,14 +56,14 @@ class Objective(abc.ABC):
   """Makes examples of what a source holds.
 
   Args:
-    vocabulary: to tokenise.
+    vocabulary: to tokenise: Vocabulary, or what has as much of it as is needed.
     options: of the pipeline.
 
   Raises:
     DataError: the vocabulary lacks an id that stands for what is hidden.
   """
 
-  def __init__(self, vocabulary: Vocabulary, options: PipelineOptions):
+  def __init__(self, vocabulary: Any, options: PipelineOptions):
     self._vocabulary = vocabulary
     self._options = options
     self._lengths = options.inputs_length, options.targets_length
