@@ -11,6 +11,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 import eval as command
 import golden
@@ -30,6 +31,7 @@ from longt5_flax.evaluation.metrics import METRICS, SCROLLS
 from longt5_flax.interop.open import open_tensors
 from longt5_flax.interop.orbax import save_orbax
 from longt5_flax.training import run_config
+from longt5_flax.training.checkpoints import Checkpoints
 
 EXAMPLES, BATCH = 50, 2
 SETTINGS = {
@@ -278,14 +280,17 @@ MISTAKES = {
 
 
 @pytest.fixture(scope='module')
-def trained(data, tmp_path_factory, cache):
-  """A run with one checkpoint."""
+def trained(weights, tmp_path_factory):
+  """The folder of a run with one checkpoint, as train.py saves it."""
   workdir = tmp_path_factory.mktemp('trained') / 'run'
-  with tiny_runs.cheap_compilation(cache), tiny_runs.own_signals():
-    tiny_runs.run(workdir, {
-        key: value for key, value in SETTINGS.items() if key != 'eval.metric'
-    } | {'steps': 1, 'data.path': data, 'data.packing': False,
-         'data.inputs_length': 64, 'data.targets_length': 8})
+  config = tiny_runs.tiny(SETTINGS)
+  vocabulary = Vocabulary(config.data.vocabulary, config.data.extra_ids)
+  arrays = t5x_files.read_all(open_tensors(weights))
+  checkpoints = Checkpoints(str(workdir / 'checkpoints'), config.checkpoint)
+  checkpoints.save(
+      1, {'params': unflatten_dict(arrays, sep='/')}, {},
+      run_config.resolved(config) | {'vocabulary': vocabulary.fingerprint})
+  checkpoints.close()
   return workdir
 
 
