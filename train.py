@@ -211,7 +211,7 @@ def restore(config, values, workdir, abstract, new_state, optimizer, best):
   if latest is None and config.init_from:
     params, notes = initial_params(
         config.init_from, run_config.model_config(config.model),
-        abstract.params)
+        abstract.params, values['vocabulary'])
   # Makes the folder, so only after all that can be refused.
   checkpoints = Checkpoints(
       os.path.join(workdir, 'checkpoints'), config.checkpoint,

@@ -182,6 +182,11 @@ MUTANTS = [
            '(int((lost > 0).sum()), int((lost_inputs > 0).sum()))',
            '(int((lost_inputs > 0).sum()), int((lost > 0).sum()))',
            'tests/data/test_supervised.py::test_what_is_cut_is_counted'),
+    Mutant('supervised: starts from ids of another vocabulary',
+           'train.py', "abstract.params, values['vocabulary'])",
+           'abstract.params)',
+           'tests/test_train_supervised.py'
+           '::test_checkpoint_of_another_vocabulary'),
     Mutant('supervised: a long input is found too late',
            'longt5_flax/inputs.py',
            "if options.long_inputs == 'refuse':",

@@ -109,7 +109,7 @@ CORPORA = {
             'train': 'media_sum/train.tfrecords',
             'validation': 'media_sum/val.tfrecords',
             'test': 'media_sum/test.tfrecords'},
-        origin='longt5/data/mediasum_preprocess.py of google-research/longt5'),
+        origin='MediaSum by mediasum_preprocess.py of google-research/longt5'),
     'cnn_dailymail': _summaries(
         ('article', 'highlights'), 'cnn_dailymail:3.4.0'),
     'natural_questions': Corpus(
@@ -117,7 +117,8 @@ CORPORA = {
             'train': 'natural_questions/nq-train-????[0-8]-of-?????',
             'validation': 'natural_questions/nq-train-????9-of-?????',
             'test': 'natural_questions/nq-dev-?????-of-?????'},
-        origin='longt5/data/nq_preprocess.py of google-research/longt5'),
+        origin='NaturalQuestions by nq_preprocess.py of google-research/'
+               'longt5'),
     'trivia_qa': Corpus(trivia, _TRIVIA, 'trivia_qa/rc:1.1.0', splits={
         'train': 'train[:78785]', 'validation': 'train[78785:]',
         'test': 'validation'}),
@@ -144,7 +145,7 @@ def how_to_get(task: str) -> str:
   if corpus is None:
     return ''
   if corpus.files:
-    return (f': it is made by hand from {corpus.origin}, and its folder named '
-            'by --config.data.task_dir=DIR')
+    return (f': it is made by hand, from {corpus.origin}, and '
+            '--config.data.task_dir=DIR names the folder that it is put in')
   return (f': `tfds build {corpus.tfds.partition(":")[0]}` downloads and '
           'prepares it, and --config.data.tfds_dir=DIR names its folder')

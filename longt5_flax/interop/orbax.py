@@ -92,6 +92,19 @@ def run_checkpoint(path: str) -> tuple[str, str]:
   return directory, f'{directory}: the {what} of the run.'
 
 
+def run_values(path: str) -> dict[str, Any]:
+  """The config of a run's checkpoint, and the fingerprint of its `vocabulary`.
+
+  Args:
+    path: see `run_checkpoint`.
+
+  Raises:
+    ConfigError: there is no checkpoint, or it is damaged.
+  """
+  directory = os.path.abspath(run_checkpoint(path)[0])
+  return read_json_object(os.path.join(directory, 'config', 'metadata'))
+
+
 def open_run(path: str) -> StoredTensors:
   """The parameters of a run's checkpoint, without optimizer state.
 
@@ -103,7 +116,7 @@ def open_run(path: str) -> StoredTensors:
   """
   directory, line = run_checkpoint(path)
   directory = os.path.abspath(directory)
-  values = read_json_object(os.path.join(directory, 'config', 'metadata'))
+  values = run_values(path)
   return _open(path, os.path.join(directory, 'state'), 'params',
                LongT5Config.from_dict(values['model']), line)
 

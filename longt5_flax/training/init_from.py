@@ -5,6 +5,7 @@ from typing import Any
 
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.interop.open import KINDS, open_tensors
+from longt5_flax.interop.orbax import run_values
 from longt5_flax.interop.same_model import check_same_model
 from longt5_flax.interop.tensors import load_params
 
@@ -21,8 +22,8 @@ def check_spec(spec: str) -> None:
     raise ConfigError(f'init_from={spec!r} must be one of {known}.')
 
 
-def initial_params(spec: str, config: LongT5Config,
-                   wanted: Any) -> tuple[Any, Sequence[str]]:
+def initial_params(spec: str, config: LongT5Config, wanted: Any,
+                   vocabulary: str = '') -> tuple[Any, Sequence[str]]:
   """Reads parameters, each process those that live on its devices.
 
   Args:
@@ -30,16 +31,19 @@ def initial_params(spec: str, config: LongT5Config,
     config: the run's architecture. A T5X checkpoint, which holds none, is
       taken to be of it.
     wanted: shapes, dtypes and shardings; layers stacked or not.
+    vocabulary: the fingerprint of the data's; '' if it is not known.
 
   Returns:
     The parameters, and lines that say what was read.
 
   Raises:
-    ConfigError: they cannot be read, do not fit the model, or would compute
-      something else in it.
+    ConfigError: they cannot be read, do not fit the model, would compute
+      something else in it, or learned other token ids.
   """
   kind, _, path = spec.partition(':')
   try:
+    if kind == 'run':
+      _check_same_vocabulary(run_values(path), vocabulary)
     tensors = open_tensors(spec, config if kind in ('t5x', 't5') else None)
     if tensors.config:
       check_same_model(tensors.origin, tensors.config, config)
@@ -48,3 +52,12 @@ def initial_params(spec: str, config: LongT5Config,
     message = str(error).removeprefix(f'{path}: ')
     raise ConfigError(f'init_from={spec}: {message}') from None
   return params, tensors.report
+
+
+def _check_same_vocabulary(run, vocabulary):
+  learned = run.get('vocabulary') or vocabulary
+  if vocabulary not in ('', learned):
+    raise ConfigError(
+        'the run was trained with another vocabulary, '
+        f'{run["data"]["vocabulary"]} with extra_ids='
+        f'{run["data"]["extra_ids"]}.')

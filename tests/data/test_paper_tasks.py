@@ -83,7 +83,8 @@ def test_summaries_of_tfds(task, register, tmp_path):
 
 
 def test_published_corpora():
-  """As they are registered by importing the module; nothing is read."""
+  """As importing the module registers them; nothing is read."""
+  paper_tasks.register_paper_tasks()
   names = {name.removeprefix('longt5_') for name in seqio.TaskRegistry.names()
            if name.startswith('longt5_') and '_c4_' not in name}
   assert names == {*SUMMARIES, 'media_sum', 'natural_questions', 'trivia_qa',
@@ -291,16 +292,16 @@ def test_bad_line_of_scrolls(change, problem, register, tmp_path):
 
 
 @pytest.mark.parametrize('name, what', [
-    ('media_sum', 'no file {}/media_sum/train.tfrecords: it is made by hand '
-     'from longt5/data/mediasum_preprocess.py of google-research/longt5, and '
-     'its folder named by --config.data.task_dir=DIR'),
+    ('media_sum', 'no file {}/media_sum/train.tfrecords: it is made by hand, '
+     'from MediaSum by mediasum_preprocess.py of google-research/longt5, and '
+     '--config.data.task_dir=DIR names the folder that it is put in'),
     ('natural_questions', 'no file {}/natural_questions/nq-train-????[0-8]-of-'
-     '?????: it is made by hand from longt5/data/nq_preprocess.py of '
-     'google-research/longt5, and its folder named by '
-     '--config.data.task_dir=DIR'),
-    ('qasper', 'no file {}/scrolls/qasper/train.jsonl: it is made by hand from '
-     'qasper.zip of SCROLLS, scrolls-benchmark.com, and its folder named by '
-     '--config.data.task_dir=DIR'),
+     '?????: it is made by hand, from NaturalQuestions by nq_preprocess.py of '
+     'google-research/longt5, and --config.data.task_dir=DIR names the folder '
+     'that it is put in'),
+    ('qasper', 'no file {}/scrolls/qasper/train.jsonl: it is made by hand, '
+     'from qasper.zip of SCROLLS, scrolls-benchmark.com, and '
+     '--config.data.task_dir=DIR names the folder that it is put in'),
     ('arxiv', 'no data of scientific_papers/arxiv:1.1.1 in {}/'
      'scientific_papers/arxiv/1.1.1: `tfds build scientific_papers/arxiv` '
      'downloads and prepares it, and --config.data.tfds_dir=DIR names its '
