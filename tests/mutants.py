@@ -539,11 +539,36 @@ MUTANTS = [
            ' & ~jnp.all(written.done)', '',
            'tests/generation/test_generate.py'
            '::test_stops_when_all_rows_are_done'),
+    # Evaluation.
     Mutant('sample reads the whole row', 'longt5_flax/samples.py',
-           "tokens = batch['encoder_input_tokens'][rows] * segment_ids",
-           "tokens = batch['encoder_input_tokens'][rows]\n"
-           "  segment_ids = (tokens > 0).astype(np.int32)",
+           "_segment_ids'][row] == segment]", "_segment_ids'][row] > 0]",
            'tests/test_samples.py'),
+    Mutant('padding is read', 'longt5_flax/predictions.py',
+           'segment_ids[row, :len(ids)] = 1', 'segment_ids[row] = 1',
+           'tests/test_predictions.py::test_devices_write_what_generate_writes'
+           '[greedy]'),
+    Mutant('beams leave their device', 'longt5_flax/predictions.py',
+           "if mesh.size == mesh.shape['data']:", 'if mesh.size == 0:',
+           'tests/test_predictions.py::test_no_beam_leaves_its_device'),
+    Mutant('predictions in the order of decoding', 'longt5_flax/evaluator.py',
+           'sorted(zip(numbers, texts, strict=True))',
+           'zip(numbers, texts, strict=True)',
+           'tests/test_eval.py::test_predictions_are_in_order'),
+    Mutant('half a line is kept', 'longt5_flax/eval_folder.py',
+           'os.truncate(path, end)', 'pass',
+           'tests/test_eval.py::test_a_killed_evaluation_goes_on[1]'),
+    Mutant('predictions of other data are replaced',
+           'longt5_flax/eval_folder.py',
+           "f'other {name}')\n        if not replace:",
+           "f'other {name}')\n        if False:",
+           'tests/test_eval.py::test_predictions_of_something_else_stay'),
+    Mutant('the best of equal ones is the last', 'longt5_flax/interop/orbax.py',
+           'max(sorted(scores), key', 'max(sorted(scores)[::-1], key',
+           'tests/test_train_evaluation.py::test_the_best_checkpoint_stays'),
+    Mutant('an evaluation that was cut off is left out', 'train.py',
+           'if first_step and is_decode(first_step) and', 'if False and',
+           'tests/test_train_evaluation.py'
+           '::test_a_run_that_gets_no_better_ends'),
 ]
 
 

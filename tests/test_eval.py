@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import eval as command
@@ -17,11 +18,13 @@ import runs
 import t5x_files
 import tiny_runs
 from longt5_flax import (
+    FlaxLongT5ForConditionalGeneration,
     LongT5ForConditionalGeneration,
     compare,
     convert,
     evaluator,
 )
+from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.evaluation import bootstrap
 from longt5_flax.evaluation.metrics import METRICS, SCROLLS
 from longt5_flax.interop.open import open_tensors
@@ -135,6 +138,23 @@ def test_files_say_what_was_done(weights, data, done):
           scores['examples']) == (weights, str(data), 'rougeLsum', 5)
   assert scores['decoding']['num_beams'] == 2
   assert compare.compare(*[str(done / 'predictions.jsonl')] * 2, 'rouge')
+
+
+def test_predictions_are_in_order(weights, data, done):
+  """Each is what `generate` writes for its example; the longest was decoded
+  first."""
+  vocabulary = Vocabulary(SETTINGS['data.vocabulary'], 0)
+  inputs = [[*vocabulary.encode(json.loads(line)['inputs']), 1]
+            for line in data.read_text().splitlines()[:5]]
+  ids = np.zeros((5, len(inputs[-1])), int)
+  for row, tokens in zip(ids, inputs, strict=True):
+    row[:len(tokens)] = tokens
+  model = FlaxLongT5ForConditionalGeneration.from_pretrained(weights)
+  written = model.generate(ids, num_beams=2, max_new_tokens=96).sequences
+  expected = [vocabulary.decode(row) for row in written[:, 1:].tolist()]
+  assert len(set(expected)) == 5
+  lines = (done / 'predictions.jsonl').read_text('utf-8').splitlines()
+  assert [json.loads(line)['prediction'] for line in lines] == expected
 
 
 def test_what_is_there_is_not_decoded_again(
