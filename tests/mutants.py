@@ -506,7 +506,7 @@ MUTANTS = [
            '::test_answers_are_scored_as_t5_does'),
     # Summaries and reports.
     Mutant('a cut document without its end', 'longt5_flax/summarize_inputs.py',
-           'ids[:self.limit - 1] + ids[-1:]', 'ids[:self.limit]',
+           'ids[len(ids) - 1 - last:]', 'ids[len(ids) - last:]',
            'tests/test_summarize.py'
            '::test_truncated_is_the_summary_of_the_beginning'),
     Mutant('pieces without their question',
