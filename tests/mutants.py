@@ -509,6 +509,25 @@ MUTANTS = [
            '_f1(prediction, targets[0])',
            'tests/evaluation/test_metrics.py'
            '::test_answers_are_scored_as_t5_does'),
+    # Summaries and reports.
+    Mutant('a cut document without its end', 'longt5_flax/summarize_inputs.py',
+           'ids[len(ids) - 1 - last:]', 'ids[len(ids) - last:]',
+           'tests/test_summarize.py'
+           '::test_truncated_is_the_summary_of_the_beginning'),
+    Mutant('pieces without their question',
+           'longt5_flax/summarize_inputs.py',
+           'self._head + piece + ids[-1:]', 'piece + ids[-1:]',
+           'tests/test_summarize.py::test_pieces'),
+    Mutant('any vocabulary for a run', 'longt5_flax/summarize.py',
+           "None, '', tokenizer.vocabulary.fingerprint)",
+           "run.get('fingerprint'),)",
+           'tests/test_summarize.py::test_vocabularies'),
+    Mutant('a prediction is HTML', 'longt5_flax/report_page.py',
+           '{_escape(example["prediction"])}', '{example["prediction"]}',
+           'tests/test_report.py::test_text_is_text'),
+    Mutant('rates while compiling', 'longt5_flax/report_figures.py',
+           'lines[1:] or lines', 'lines',
+           'tests/test_report.py::test_figures_draw_what_runs_wrote'),
 
     Mutant('span lengths one token short',
            'longt5_flax/data/span_corruption.py',
