@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  print(f'Page: {page_path}\nFigures: {", ".join(figure_paths)}')
+  print(f'Page: {page_path}\nFigures: {len(figure_paths)} PNG files beside it')
   return 0
 
 

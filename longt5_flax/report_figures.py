@@ -49,7 +49,7 @@ class Figure:
     """An element of HTML, without names; its text has the page's colour."""
     with _style(_ON_PAGE):
       out = io.StringIO()
-      self._drawn(None).savefig(
+      self._drawn().savefig(
           out, format='svg', transparent=True, metadata=dict.fromkeys(
               ('Creator', 'Date', 'Format', 'Type')))
     text = out.getvalue()
@@ -64,9 +64,13 @@ class Figure:
       names = [f'{letter(i)}  {run.name}' for i, run in enumerate(self.runs)]
       self._drawn(names).savefig(path, format='png', dpi=160)
 
-  def _drawn(self, names):
+  def _drawn(self, names=()):
     from matplotlib.figure import Figure as Canvas
-    figure = Canvas(figsize=(_SIZE[0], self.height), layout='constrained')
+    # About 60 letters have room below the axes.
+    columns = max(1, min(len(names), 60 // max(map(len, names), default=60)))
+    below = 0.5 + 0.17 * -(-len(names) // columns) if names else 0
+    figure = Canvas(figsize=(_SIZE[0], self.height + below),
+                    layout='constrained')
     axes = figure.subplots()
     self.draw(axes, self.runs)
     if names:
@@ -74,7 +78,7 @@ class Figure:
       handles = [axes.plot([], [], **line_style(i))[0]
                  for i in range(len(names))]
       figure.legend(handles, names, loc='outside lower center',
-                    ncols=min(len(names), 3), fontsize=8, frameon=False)
+                    ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
@@ -124,7 +128,7 @@ def _file_name(score):
 def _has_data(figure):
   """Whether it would show anything."""
   with _style({}):
-    axes = figure._drawn(None).axes[0]
+    axes = figure._drawn().axes[0]
   return bool(axes.lines or axes.collections)
 
 
@@ -177,10 +181,10 @@ def _score_drawer(name):
     """Mean and interval."""
     for i, run in enumerate(runs):
       if run.evaluation and name in run.evaluation.scores:
-        score, style = run.evaluation.scores[name], line_style(i)
+        score, color = run.evaluation.scores[name], line_style(i)['color']
         axes.plot([score['low'], score['high']], [i, i], linewidth=2.5,
-                  solid_capstyle='butt', **style)
-        axes.plot(score['mean'], i, 'o', color=style['color'])
+                  solid_capstyle='butt', color=color)
+        axes.plot(score['mean'], i, 'o', color=color)
     axes.set(yticks=range(len(runs)),
              yticklabels=map(letter, range(len(runs))),
              ylim=(len(runs) - 0.5, -0.5))

@@ -42,7 +42,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid var(--line); }
 thead th { font-weight: 600; }
-tbody th { font-weight: 400; min-width: 7rem; }
+tbody th { font-weight: 400; min-width: 9rem; }
 td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .settings td { min-width: 9rem; max-width: 22rem; white-space: normal; }
 .settings th { min-width: 12rem; }

@@ -155,8 +155,8 @@ class Summarizer:
 def say_if_long(document: Document, pieces: Pieces, limit: int) -> None:
   """Says on stderr what becomes of a document over the limit."""
   if pieces.left_out:
-    fate = (f'the last {pieces.left_out:,} are not read (--on_long=chunk reads '
-            'all)')
+    fate = (f'the {pieces.where} {pieces.left_out:,} are not read '
+            '(--on_long=chunk reads all)')
   elif len(pieces.ids) > 1:
     fate = f'summarised in {len(pieces.ids)} pieces'
   else:
@@ -224,7 +224,7 @@ def load(options: argparse.Namespace) -> tuple[Reader, Summarizer]:
   reader = Reader(
       tokenizer, prefix,
       options.max_input_length or run.get('inputs_length', _INPUT_LENGTH),
-      options.on_long)
+      options.on_long, run.get('long_inputs') == 'cut_middle')
   with Console(stderr=True).status(f'Loading {options.checkpoint}'):
     model = FlaxLongT5ForConditionalGeneration.from_pretrained(
         options.checkpoint, options.dtype, attention=options.attention)

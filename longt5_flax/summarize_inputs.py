@@ -32,10 +32,12 @@ class Pieces(NamedTuple):
     ids: of each piece; each is summarised by itself.
     tokens: of the whole document.
     left_out: how many of them no piece has.
+    where: 'last' or 'middle', those that are left out.
   """
   ids: list[list[int]]
   tokens: int
-  left_out: int
+  left_out: int = 0
+  where: str = 'last'
 
 
 class Reader:
@@ -48,15 +50,18 @@ class Reader:
     on_long: what becomes of a longer document. 'truncate' reads its beginning;
       'chunk' all of it, in pieces of whole sentences and of about one length,
       each behind the prefix.
+    cut_middle: 'truncate' reads as much of the beginning as of the end, as
+      `data.long_inputs` has it in training.
 
   Raises:
     ConfigError: the prefix leaves no room.
   """
 
   def __init__(self, tokenizer: Tokenizer, prefix: str, limit: int,
-               on_long: str):
+               on_long: str, cut_middle: bool = False):
     self._tokenizer, self._prefix = tokenizer, prefix
     self.limit, self._on_long = limit, on_long
+    self._cut_middle = cut_middle
     self._head = tokenizer.encode(prefix, add_special_tokens=False)
     self._room = limit - len(self._head) - 1
     if self._room < 1:
@@ -75,13 +80,15 @@ class Reader:
     if tokens < 1:
       raise DataError(f'{document.name}: there is no text in it.')
     if len(ids) <= self.limit:
-      return Pieces([ids], tokens, 0)
+      return Pieces([ids], tokens)
     if self._on_long == 'truncate':
-      return Pieces([ids[:self.limit - 1] + ids[-1:]], tokens,
-                    len(ids) - self.limit)
+      last = (self.limit - 1) // 2 if self._cut_middle else 0
+      kept = ids[:self.limit - 1 - last] + ids[len(ids) - 1 - last:]
+      return Pieces([kept], tokens, len(ids) - self.limit,
+                    'middle' if last else 'last')
     pieces = [self._head + piece + ids[-1:]
               for piece in self._whole_sentences(document.text)]
-    return Pieces(pieces, tokens, 0)
+    return Pieces(pieces, tokens)
 
   def _whole_sentences(self, text: str) -> Iterator[list[int]]:
     """Cuts where a sentence ends, or inside one that is longer than a piece."""

@@ -76,7 +76,9 @@ class Folder:
         saved = json.load(file)
       del saved['run']
       values = run_config.resolved(run.config)
-      check_same_run(saved, values, workdir)
+      # Whether the vocabulary is the same one, train.py finds out.
+      check_same_run(
+          saved, values | {'vocabulary': saved['vocabulary']}, workdir)
       # train.py would go on, but what is done could not be compared.
       for name in ('init_from', 'schedule'):
         if saved[name] != values[name]:

@@ -23,6 +23,8 @@ from longt5_flax import (
     summarize,
 )
 from longt5_flax.config import ConfigError
+from longt5_flax.data.objectives import Supervised
+from longt5_flax.inputs import pipeline_options
 from longt5_flax.summarize_inputs import Document, Reader
 from longt5_flax.training import run_config
 from longt5_flax.training.checkpoints import Checkpoints
@@ -152,6 +154,22 @@ def test_pieces(limit, question):
       assert tokenizer.decode(ids).rstrip('</s> "')[-1] in '.!?'
 
 
+@pytest.mark.parametrize('policy', ['cut_end', 'cut_middle'])
+def test_documents_are_cut_as_in_training(policy):
+  tokenizer = Tokenizer(MODEL)
+  for limit in (127, 128):
+    options = tiny_runs.tiny({
+        'data.objective': 'supervised', 'data.inputs_length': limit,
+        'data.long_inputs': policy, 'data.prefix': 'Who?'})
+    expected, lost = Supervised(
+        tokenizer.vocabulary, pipeline_options(options, 16)).encode_inputs(
+            OWL_CREEK)
+    read = Reader(tokenizer, 'Who?', limit, 'truncate',
+                  policy == 'cut_middle').read(Document('', '', OWL_CREEK))
+    assert read.ids == [expected.tolist()]
+    assert read.left_out == lost
+
+
 def test_question_stands_before_the_document(capsys, folder, tmp_path):
   """As in QMSum; it stays when the document is cut."""
   text = OWL_CREEK[:40]
@@ -272,6 +290,10 @@ def test_a_run_says_how_it_was_trained(capsys, folder, run, texts):
     assert json.loads(capsys.readouterr().out) == expected
     head = len(Tokenizer(MODEL).encode(question, add_special_tokens=False))
     assert expected['left_out'] == expected['tokens'] - 99 + head
+  config['data']['long_inputs'] = 'cut_middle'
+  file.write_text(json.dumps(config))
+  assert summarize.main([f'--checkpoint=run:{workdir}', texts[1]]) == 0
+  assert f'the middle {expected["left_out"]} are not' in capsys.readouterr().err
 
 
 # Refusals.

@@ -40,7 +40,7 @@ def choose_attention(
   """The implementation that `attention` stands for.
 
   It need not be all that is asked for: full attention has one implementation in
-  the encoder, targets attend to inputs in no chunks, and in no kernels on TPUs.
+  the encoder, and targets attend to inputs in no chunks.
 
   Args:
     attention: one of ATTENTION_IMPLEMENTATIONS.
@@ -52,9 +52,8 @@ def choose_attention(
   reason = f'asked for {attention}'
   if attention == 'auto':
     attention, reason = _automatic(config, length, platform)
-  encoder = cross = attention
-  if cross == 'chunked' or platform == 'tpu':
-    cross = 'reference'
+  encoder = attention
+  cross = 'fused' if attention == 'fused' else 'reference'
   if config.encoder_attention_type == 'full':
     encoder = 'reference'
     reason += '; full attention has one implementation'

@@ -36,8 +36,8 @@ from longt5_flax.model.relative_position import toeplitz
 LANES = 128
 # A block holds the radius, and the scores of a block fit on the chip.
 MAX_RADIUS = 512
-# Blocks of a tile, and tiles of a tile of global tokens, at most.
-_BLOCKS = 4
+# So many LANES are a tile of tokens or global tokens, at most.
+MAX_TILES = 4
 # Features of a group of heads, at most; or one head.
 _GROUP_SIZE = 128
 
@@ -61,33 +61,48 @@ def attend(
     ConfigError: the radius is larger than the kernels can do.
   """
   query, *_ = tokens
-  length, heads, size = query.shape[1:]
+  length = query.shape[1]
   radius = tables[0].shape[1] // 2
   if radius > MAX_RADIUS:
     raise ConfigError(
         f"local_radius={radius} must be at most {MAX_RADIUS} for "
         "attention='fused' on a TPU; attention='chunked' takes any.")
   geometry = _geometry(tokens, tables, block_size, options)
-  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-
-  def prepare(x, multiple):
-    x = jnp.pad(x.astype(operand), (
-        (0, 0), (0, -x.shape[1] % multiple), (0, 0),
-        (0, geometry.size - size)))
-    return jnp.moveaxis(x, 1, 3).reshape(x.shape[0], -1, x.shape[1])
-
+  prepare = partial(to_operands, geometry, dtype)
   bias, *side_bias = (x.astype(jnp.float32) for x in tables)
   segment_ids = jnp.pad(ids[0], ((0, 0), (0, -length % geometry.tile)))
-  layout, side = None, ()
+  layout, side = None, None
   if block_size:
     layout = _layout(geometry, segment_ids, *ids[1:])
-    side = *(prepare(x, geometry.side_tile) for x in tokens[3:]), *side_bias
+    side = *(prepare(geometry.side_tile, x) for x in tokens[3:]), *side_bias
   output = _fused(
-      geometry, *(prepare(x, geometry.tile) for x in tokens[:3]), bias,
+      geometry, *(prepare(geometry.tile, x) for x in tokens[:3]), bias,
       segment_ids, layout, side)
-  output = jnp.moveaxis(
-      output.reshape(output.shape[0], heads, geometry.size, -1), 3, 1)
-  return output[:, :length, :, :size].astype(query.dtype)
+  return from_operands(output, query)
+
+
+def to_operands(geometry: Geometry, dtype: DTypeLike, multiple: int,
+                x: Float[Array, 'B L H K']) -> Float[Array, 'B features l']:
+  """As the kernels take tokens, a multiple of them."""
+  operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+  x = jnp.pad(x.astype(operand), (
+      (0, 0), (0, -x.shape[1] % multiple), (0, 0),
+      (0, geometry.size - x.shape[3])))
+  return jnp.moveaxis(x, 1, 3).reshape(x.shape[0], -1, x.shape[1])
+
+
+def from_operands(x: Float[Array, 'B features l'],
+                  like: Float[Array, 'B L H K']) -> Float[Array, 'B L H K']:
+  """What `to_operands` made of an array like that."""
+  batch, length, heads, size = like.shape
+  x = jnp.moveaxis(x.reshape(batch, heads, -1, x.shape[2]), 3, 1)
+  return x[:, :length, :, :size].astype(like.dtype)
+
+
+def heads_of_a_group(heads: int, size: int) -> int:
+  """A divisor, of as many as have _GROUP_SIZE features; at least one."""
+  return max(n for n in range(1, heads + 1)
+             if heads % n == 0 and n <= max(1, _GROUP_SIZE // size))
 
 
 def _geometry(tokens, tables, block_size, options):
@@ -95,19 +110,18 @@ def _geometry(tokens, tables, block_size, options):
   unit = options.tile if options.interpret else LANES
   block = round_up(max(1, tables[0].shape[1] // 2), unit)
   tile = block * min(
-      max(1, _BLOCKS * unit // block), round_up(length, block) // block)
+      max(1, MAX_TILES * unit // block), round_up(length, block) // block)
   size = round_up(size, ALIGNMENT)
   side_tile = rows = reach = 0
   if block_size:
-    side_tile = min(_BLOCKS * unit, round_up(tokens[3].shape[1], unit))
+    side_tile = min(MAX_TILES * unit, round_up(tokens[3].shape[1], unit))
     # Blocks that tokens of a tile may be in, with those that the first is
     # rounded down by.
     rows = round_up(tile // block_size + 2 + ALIGNMENT - 1, ALIGNMENT)
     reach = tables[1].shape[1] // 2
-  group = max(n for n in range(1, heads + 1)
-              if heads % n == 0 and n <= max(1, _GROUP_SIZE // size))
-  return Geometry(
-      block, tile, side_tile, rows, reach, group, size, options.interpret)
+  return Geometry(block, tile, side_tile, rows, reach,
+                  heads_of_a_group(heads, size), size, 'longt5_attention',
+                  options.interpret)
 
 
 class _Layout(NamedTuple):
@@ -133,12 +147,19 @@ def _layout(geometry, segment_ids, side_segments, block_ids):
   firsts -= firsts % ALIGNMENT
   rows = jnp.where(own, block_ids - firsts[..., None], -1)
 
-  sees = ranges_meet(
-      segment_range(segment_ids.reshape(block_ids.shape)),
-      segment_range(side_segments.reshape(batch, -1, geometry.side_tile)))
-  spans = Spans(*(jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
-      (firsts, *covering_run(sees)), covering_run(sees.swapaxes(1, 2)))))
+  spans = spans_of(geometry, segment_ids, side_segments, firsts)
   return _Layout(side_segments, rows.reshape(batch, -1), spans)
+
+
+def spans_of(geometry: Geometry, segment_ids: Int[Array, 'B L'],
+             side_segments: Int[Array, 'B S'], firsts: Int[Array, 'B tiles']
+             ) -> Spans:
+  """Which tiles meet, by their segments and with the first block of each."""
+  sees = ranges_meet(*(
+      segment_range(x.reshape(x.shape[0], -1, size)) for x, size in (
+          (segment_ids, geometry.tile), (side_segments, geometry.side_tile))))
+  return Spans(*(jnp.stack(numbers, axis=-1).reshape(-1) for numbers in (
+      (firsts, *covering_run(sees)), covering_run(sees.swapaxes(1, 2)))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -160,10 +181,7 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
 
 def _fused_backward(geometry, residuals, gradient):
   tokens, bias, layout, side, output, lse = residuals
-  batch, groups, heads, length = lse.shape
-  delta = jnp.sum((gradient.astype(jnp.float32) * output).reshape(
-      batch, groups, heads, -1, length), axis=3)
-  rows = Rows(gradient, lse, delta)
+  rows = rows_of(gradient, output, lse)
   arrays = _globals(geometry, layout, side)
   spans = layout and layout.spans
   d_query, (d_tiles, *d_side_biases) = kernels.backward_query(
@@ -171,11 +189,21 @@ def _fused_backward(geometry, residuals, gradient):
   d_key, d_value = kernels.backward_key(geometry, tokens._replace(
       bias=_banded(geometry, bias, _of_keys)), rows)
   d_bias, = jax.linear_transpose(partial(_of_queries, geometry), bias)(d_tiles)
-  d_side = ()
+  d_side = None
   if side:
     d_side = _side_backward(
         geometry, spans, tokens, arrays, rows, side, d_side_biases)
   return d_query, d_key, d_value, d_bias, None, None, d_side
+
+
+def rows_of(gradient: Float[Array, 'B features L'],
+            output: Float[Array, 'B features L'],
+            lse: Float[Array, 'B groups heads L']) -> Rows:
+  """What the backward pass knows of queries."""
+  batch, groups, heads, length = lse.shape
+  delta = jnp.sum((gradient.astype(jnp.float32) * output).reshape(
+      batch, groups, heads, -1, length), axis=3)
+  return Rows(gradient, lse, delta)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

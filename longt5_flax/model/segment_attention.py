@@ -1,5 +1,6 @@
-"""Attention of targets to all inputs of their segment, in GPU kernels that keep
-no scores (`kernels/segment_attention_triton.py`)."""
+"""Attention of targets to all inputs of their segment, in kernels that keep no
+scores: here those of GPUs (`kernels/segment_attention_triton.py`), in
+`segment_attention_tpu` those of TPUs."""
 
 from functools import partial
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from longt5_flax.model import segment_attention_tpu
 from longt5_flax.model.kernels import segment_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
     ON_A_GPU,
@@ -18,6 +20,7 @@ from longt5_flax.model.kernels.calls import (
     on_each_device,
     ranges_meet,
     segment_range,
+    target_platform,
     to_operands,
 )
 from longt5_flax.model.kernels.triton_tiles import MASKED, Rows
@@ -51,11 +54,13 @@ def segment_attention(
     options: how the kernels are run.
 
   Raises:
-    ConfigError: the device is no GPU.
+    ConfigError: the device has no such kernels.
   """
-  return on_each_device(
-      partial(_attend, dtype=dtype, options=options), (query, key, value), (),
-      (query_segments, segment_ids), options)
+  on_a_tpu = (options.platform or target_platform()) == 'tpu'
+  attend = partial(segment_attention_tpu.attend if on_a_tpu else _attend,
+                   dtype=dtype, options=options)
+  return on_each_device(attend, (query, key, value), (),
+                        (query_segments, segment_ids), options)
 
 
 def _attend(tokens, tables, ids, dtype, options):

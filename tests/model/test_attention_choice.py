@@ -26,8 +26,7 @@ WIDE = LongT5Config(local_radius=600)
     ('auto', CONFIG, 8193, 'cpu', 'chunked, from targets to inputs reference '
      '(beyond 8192 tokens on a CPU)'),
     ('auto', CONFIG, 100, 'gpu', 'fused (kernels for GPUs)'),
-    ('auto', CONFIG, 100, 'tpu',
-     'fused, from targets to inputs reference (kernels for TPUs)'),
+    ('auto', CONFIG, 100, 'tpu', 'fused (kernels for TPUs)'),
     ('auto', WIDE, 100, 'gpu', 'fused (kernels for GPUs)'),
     ('auto', WIDE, 100, 'tpu', 'chunked, from targets to inputs reference '
      '(fused needs a local_radius of at most 512 on a TPU, not 600)'),

@@ -207,6 +207,17 @@ def test_segment_attention_equals_reference(
       segment_values_and_gradients(whole_segments, arrays, ids))
 
 
+def test_segment_attention_on_a_tpu_equals_reference():
+  """Targets of several tiles; some see nothing."""
+  arrays, ids = targets_and_inputs(
+      [[30, 3, 1, 60], [5, 80]], [[50, 3, 1, 40], [100]], (100, 130), (3, 8))
+  attend = functools.partial(segment_attention, options=KernelOptions(
+      16, interpret=True, platform='tpu'))
+  golden.assert_trees_close(
+      segment_values_and_gradients(attend, arrays, ids),
+      segment_values_and_gradients(whole_segments, arrays, ids))
+
+
 def check_rounding(attend, dtype, arrays, with_rest, segment_ids):
   """As close to float32 as operands in that dtype allow."""
   exact = values_and_gradients(reference, arrays, with_rest, segment_ids)

@@ -70,5 +70,10 @@ def test_train_step(topology):
   # Whether it compiles is asked, not how fast it is then.
   compiled = lowered.compile(
       compiler_options={'exec_time_optimization_effort': -1.0})
-  for kernel in ('forward', 'backward_query', 'backward_key', 'backward_side'):
-    assert f'longt5_attention_{kernel}' in compiled.as_text()
+  program = compiled.as_text()
+  for kernel in ('attention_forward', 'attention_backward_query',
+                 'attention_backward_key', 'attention_backward_side',
+                 'segment_attention_forward',
+                 'segment_attention_backward_query',
+                 'segment_attention_backward_side'):
+    assert f'longt5_{kernel}' in program

@@ -1,7 +1,8 @@
 """The TPU kernels of fused attention, through Pallas' Mosaic backend.
 
 Long because forward and backward share one geometry. `fused_attention_tpu` says
-what they compute and makes their arrays.
+what they compute and makes their arrays; for `segment_attention_tpu` they leave
+out what is local, and the biases.
 
 Tokens lie along lanes and features of a head along sublanes: a head is cut out
 without moving anything, and XLA leaves what the projections make that way too.
@@ -63,6 +64,7 @@ class Geometry(NamedTuple):
     reach: the offset from which on the side bias is one number.
     heads: that a program takes, a group.
     size: of a head.
+    name: what the kernels' names begin with.
     interpret: run on any device, slowly.
   """
   block: int
@@ -72,6 +74,7 @@ class Geometry(NamedTuple):
   reach: int
   heads: int
   size: int
+  name: str
   interpret: bool
 
   @property
@@ -93,7 +96,8 @@ class Tokens(NamedTuple):
     segment_ids: [B, 1, L], 0 is padding.
     bias: of the queries of a block towards the keys of its window,
       [H, 3 block, block], or of the queries of a window towards the keys of a
-      block, [H, block, 3 block]; the band cut out.
+      block, [H, block, 3 block]; the band cut out. None, as key and value then
+      are, if there are global tokens alone.
   """
   query: Any
   key: Any
@@ -112,7 +116,8 @@ class Globals(NamedTuple):
       a block, -1: its segment has no global token that it could see.
     table: [H, table_rows, parts rows]: at [h, o, r] the bias at the offset
       first_offset + o - r, in parts that add up.
-    far_bias: [2 H], of each head before and behind.
+    far_bias: [2 H], of each head before and behind. None, as rows and table
+      then are, if there is no bias.
   """
   key: Any
   value: Any
@@ -220,8 +225,8 @@ class _Place(NamedTuple):
 
 def _with_side_bias(
     geometry: Geometry, side: Globals, first_head: Any, offset: Any,
-    update: Callable[[Callable[[int], Any], _Place], None]) -> None:
-  """Calls `update` with the bias of each head and its place.
+    update: Callable[[Callable[[int], Any], _Place | None], None]) -> None:
+  """Calls `update` with the bias of each head and its place, if it has one.
 
   Args:
     geometry, side: as of the kernels.
@@ -230,6 +235,9 @@ def _with_side_bias(
     update: called inside a condition.
   """
   size, table = geometry.side_tile, side.table
+  if table is None:
+    update(lambda head: 0.0, None)
+    return
   near = (offset + size - 1 > -geometry.reach) & (
       offset - geometry.rows + 1 < geometry.reach)
 
@@ -268,6 +276,8 @@ def _with_globals(geometry, spans, side, update):
 
 def _add_to_side_bias(geometry, d_table, d_far, head, place, d_scores):
   """Sums the gradient of scores where their biases came from."""
+  if place is None:
+    return
   if place.one_hot is not None:
     d_table[head, pl.ds(place.start, geometry.side_tile), :] += _dot(
         geometry, d_scores.astype(place.one_hot.dtype),
@@ -288,6 +298,11 @@ def _forward(geometry, spans, tokens, side, out, lse, softmax):
 
   @pl.when(step == 0)
   def _local():
+    if tokens.bias is None:
+      top[...] = jnp.full(top.shape, MASKED, top.dtype)
+      for ref in (total, output):
+        ref[...] = jnp.zeros(ref.shape, ref.dtype)
+      return
     key, value = _window(tokens.key), _window(tokens.value)
     key_segments = _column(_window_segments(tokens.segment_ids, tile, tiles))
     for head, line, part in _by_head(geometry):
@@ -323,13 +338,14 @@ def _forward(geometry, spans, tokens, side, out, lse, softmax):
 
   @pl.when(step == steps - 1)
   def _finish():
-    real = segments > 0
     for _, line, part in _by_head(geometry):
+      # Padding sees padding, and who sees nobody has masked scores at most.
+      seen = (segments > 0) & (top[line, :] > MASKED / 2)
       out[part, :] = jnp.where(
-          real, output[part, :] / total[line, :], 0).astype(out.dtype)
-      # What padding sees must have no weight in the backward pass.
+          seen, output[part, :] / total[line, :], 0).astype(out.dtype)
+      # In the backward pass that must have no weight.
       lse[line, :] = jnp.where(
-          real, top[line, :] + jnp.log(total[line, :]), -MASKED)
+          seen, top[line, :] + jnp.log(total[line, :]), -MASKED)
 
 
 def _backward_query(geometry, spans, tokens, side, rows, d_query_ref,
@@ -349,6 +365,9 @@ def _backward_query(geometry, spans, tokens, side, rows, d_query_ref,
 
   @pl.when(step == 0)
   def _local():
+    if tokens.bias is None:
+      d_query[...] = jnp.zeros(d_query.shape, d_query.dtype)
+      return
     key, value = _window(tokens.key), _window(tokens.value)
     key_segments = _column(_window_segments(tokens.segment_ids, tile, tiles))
     for head, line, part in _by_head(geometry):
@@ -499,9 +518,11 @@ def _of_group(geometry, shape):
 
 def _side_specs(geometry, side, side_index, query_index):
   cut = partial(_cut, geometry, geometry.side_tile, side_index)
+  specs = cut(side.key), cut(side.value), cut(side.segment_ids)
+  if side.table is None:
+    return Globals(*specs, None, None, None)
   return Globals(
-      cut(side.key), cut(side.value), cut(side.segment_ids),
-      _cut(geometry, geometry.tile, query_index, side.rows),
+      *specs, _cut(geometry, geometry.tile, query_index, side.rows),
       _of_group(geometry, side.table.shape),
       pl.BlockSpec(memory_space=pltpu.SMEM))
 
@@ -537,7 +558,7 @@ def _call(geometry, kernel, grid, arrays, in_specs, outputs, scratch,
               x.size * x.dtype.itemsize
               for x in jax.tree.leaves((arrays, shapes)))),
       interpret=geometry.interpret,
-      name='longt5_attention' + kernel.__name__)(*arrays)
+      name=geometry.name + kernel.__name__)(*arrays)
 
 
 class _Sizes(NamedTuple):
@@ -555,10 +576,12 @@ def _sizes(geometry, tokens, side):
                 length // geometry.tile, side_tiles)
 
 
-def _products(geometry, sizes, local, side):
-  """Multiplications of so many products with local and global keys."""
-  keys = 3 * geometry.block * local + (
-      sizes.side_tiles * geometry.side_tile * side)
+def _products(geometry, sizes, tokens, counts):
+  """Multiplications of so many products with local and with global keys."""
+  local, side = counts
+  keys = sizes.side_tiles * geometry.side_tile * side
+  if tokens.bias is not None:
+    keys += 3 * geometry.block * local
   queries = sizes.rows * sizes.tiles * geometry.tile
   return queries * keys * geometry.size * geometry.heads * sizes.groups
 
@@ -572,10 +595,13 @@ def _query_specs(geometry, sizes, tokens, side):
     last = jnp.maximum(spans.queries[place + 2] - 1, 0)
     return jnp.minimum(spans.queries[place + 1] + j, last)
 
-  specs = Tokens(
-      _cut(geometry, geometry.tile, _own, tokens.query), around(tokens.key),
-      around(tokens.value), around(tokens.segment_ids),
-      _of_group(geometry, tokens.bias.shape))
+  query = _cut(geometry, geometry.tile, _own, tokens.query)
+  segment_ids = around(tokens.segment_ids)
+  if tokens.bias is None:
+    specs = Tokens(query, None, None, segment_ids, None)
+  else:
+    specs = Tokens(query, around(tokens.key), around(tokens.value), segment_ids,
+                   _of_group(geometry, tokens.bias.shape))
   return specs, side and _side_specs(geometry, side, side_index, _own)
 
 
@@ -602,17 +628,17 @@ def forward(geometry: Geometry, spans: Spans | None, tokens: Tokens,
        (specs[0].query, _cut(geometry, geometry.tile, _own, lse))),
       [(geometry.heads, geometry.tile)] * 2 + [
           (geometry.heads * geometry.size, geometry.tile)],
-      _products(geometry, sizes, 2, 2))
+      _products(geometry, sizes, tokens, (2, 2)))
 
 
 def backward_query(
     geometry: Geometry, spans: Spans | None, tokens: Tokens,
     side: Globals | None, rows: Rows,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None, jax.Array | None]]:
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
   """The gradient of queries, [B, H K, L], and those of biases: of the tokens',
   of one part of the table, [H, table_rows, rows], and of the far ones, [groups,
-  2 heads, tile], sums over the last dimension. The last two are None without
-  global tokens. Arguments are as of `forward`."""
+  2 heads, tile], sums over the last dimension. What there is no bias of is
+  None. Arguments are as of `forward`."""
   sizes = _sizes(geometry, tokens, side)
   heads = sizes.groups * geometry.heads
   specs = _query_specs(geometry, sizes, tokens, side)
@@ -620,8 +646,10 @@ def backward_query(
   def float32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-  d_table = d_far = table_spec = far_spec = None
-  if side:
+  d_bias = d_table = d_far = table_spec = far_spec = None
+  if tokens.bias is not None:
+    d_bias = float32(*tokens.bias.shape)
+  if side and side.table is not None:
     d_table = float32(heads, geometry.table_rows, geometry.rows)
     table_spec = _of_group(geometry, d_table.shape)
     d_far = float32(sizes.groups, 2 * geometry.heads, geometry.tile)
@@ -632,10 +660,10 @@ def backward_query(
       (*specs, jax.tree.map(partial(_cut, geometry, geometry.tile, _own),
                             rows)),
       ((jax.typeof(tokens.query),
-        (float32(*tokens.bias.shape), d_table, d_far)),
+        (d_bias, d_table, d_far)),
        (specs[0].query, (specs[0].bias, table_spec, far_spec))),
       [(geometry.heads * geometry.size, geometry.tile)],
-      _products(geometry, sizes, 3, 3))
+      _products(geometry, sizes, tokens, (3, 3)))
 
 
 def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
@@ -655,7 +683,7 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
       (None, tokens._replace(query=query, segment_ids=segment_ids),
        _thrice(rows)), specs,
       ((jax.typeof(tokens.key),) * 2, (own, own)), (),
-      _products(geometry, sizes, 4, 0))
+      _products(geometry, sizes, tokens, (4, 0)))
 
 
 def backward_side(
@@ -679,7 +707,7 @@ def backward_side(
       (jax.tree.map(cut, tokens), side_specs, jax.tree.map(cut, rows)),
       ((jax.typeof(side.key),) * 2, (side_specs.key,) * 2),
       [(geometry.heads * geometry.size, geometry.side_tile)] * 2,
-      _products(geometry, sizes, 0, 4))
+      _products(geometry, sizes, tokens, (0, 4)))
 
 
 def _thrice(arrays):
