@@ -102,7 +102,7 @@ def figures(runs: Sequence[Run]) -> dict[str, list[Figure]]:
       Figure('held_out_loss', 'Held-out loss', _draw_held_out_loss, runs)]
   names = list(dict.fromkeys(
       name for run in runs if run.evaluation for name in run.evaluation.scores))
-  several = any(len(run.evaluations) > 1 for run in runs)
+  several = any(len(run.history) > 1 for run in runs)
   found = {
       'loss': curves,
       'training': [
@@ -195,7 +195,7 @@ def _score_drawer(name):
 def _history_drawer(name):
   def draw(axes, runs):
     for i, run in enumerate(runs):
-      points = [(it.step, it.scores[name]) for it in run.evaluations
+      points = [(it.step, it.scores[name]) for it in run.history
                 if name in it.scores]
       if points:
         steps = [step for step, _ in points]

@@ -64,6 +64,15 @@ class Run(NamedTuple):
     best = [it for it in self.evaluations if it.step == self.best_step]
     return next(iter(best or self.evaluations[-1:]), None)
 
+  @property
+  def history(self) -> list[Evaluation]:
+    """Evaluations that differ from `evaluation` in nothing but the step."""
+    def kind(it):
+      return [it.record.get(name) for name in ('decoding', 'data', 'metric')]
+
+    return [it for it in self.evaluations
+            if self.evaluation and kind(it) == kind(self.evaluation)]
+
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
   """Reads folders.

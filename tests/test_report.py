@@ -79,6 +79,8 @@ def make_evaluation(folder, step, scores, predictions, **record):
   (path / 'scores.json').write_text(json.dumps({
       'checkpoint': f'run:{folder}', 'metric': 'rouge',
       'examples': len(predictions), 'scores': scores, **record}))
+  if not predictions:
+    return
   (path / 'predictions.jsonl').write_text(''.join(
       json.dumps({'id': key, 'prediction': text, 'references': ['a dog barks',
                                                                 f'or {key}']})
@@ -186,6 +188,16 @@ def test_figures_draw_what_runs_wrote(two):
       list(range(8, 41, 4)), [9345 + at for at in range(8, 41, 4)])
   assert found['score_rouge1_by_step'] == {
       'A': ([20, 40], [22.5, 23.5]), 'B': ([20, 40], [34.25, 35.25])}
+
+
+def test_history_is_of_one_way_of_decoding(two):
+  make_evaluation(two[0], 30, {'rouge1': score(70)}, {}, data='d',
+                  decoding={'num_beams': 1})
+  make_evaluation(two[0], 32, {'rouge1': score(70)}, {}, data='other',
+                  decoding={'num_beams': 4})
+  runs_read = read_runs(list(map(str, two)))
+  figure = figures(runs_read)['scores_by_step'][0]
+  assert drawn(figure)['A'] == ([20, 40], [22.5, 23.5])
 
 
 def test_text_is_text(tmp_path):
