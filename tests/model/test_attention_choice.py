@@ -57,7 +57,7 @@ def test_kernels_that_are_not_there(config, platform, why):
 
 def gpu(capability):
   device = SimpleNamespace(compute_capability=capability)
-  return mock.patch.object(jax, 'devices', return_value=[device])
+  return mock.patch.object(jax, 'local_devices', return_value=[device])
 
 
 @pytest.mark.parametrize('capability', ['7.5', 'gfx942'])

@@ -57,7 +57,7 @@ def why_no_kernels(platform: str) -> str:
   if platform not in ('gpu', 'tpu'):
     return f'needs an NVIDIA GPU or a TPU, not {platform!r}'
   # What a program is compiled for elsewhere is not known; AMD's are no numbers.
-  capability = getattr(jax.devices()[0], 'compute_capability', None)
+  capability = getattr(jax.local_devices()[0], 'compute_capability', None)
   if platform == 'gpu' and capability is not None:
     major = capability.split('.')[0]
     if not major.isdigit() or int(major) < _LEAST_CAPABILITY:

@@ -44,7 +44,9 @@ MASKED = -1e30
 ALIGNMENT = 16
 # Beyond the ends of a row; no token's segment.
 _NOWHERE = -1
-_VMEM_BYTES = 64 * 2**20
+# What a kernel may use of on-chip memory: v5p has 64 MiB, v5e 128. The default
+# is 16, too little for large radii.
+_VMEM_BYTES = 48 * 2**20
 
 # What products sum over: of a matrix's rows and another's columns, of both's
 # rows, and of both's columns.
@@ -561,6 +563,10 @@ def _call(geometry, kernel, grid, arrays, in_specs, outputs, scratch,
       name=geometry.name + kernel.__name__)(*arrays)
 
 
+def _like(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 class _Sizes(NamedTuple):
   """Of the grids: groups of heads, rows, tiles, and tiles of global tokens."""
   groups: int
@@ -624,7 +630,7 @@ def forward(geometry: Geometry, spans: Spans | None, tokens: Tokens,
   return _call(
       geometry, _forward, (*sizes[:3], max(1, sizes.side_tiles)),
       (spans, _with_windows_of_keys(tokens), side), specs,
-      ((jax.typeof(tokens.query), lse),
+      ((_like(tokens.query), lse),
        (specs[0].query, _cut(geometry, geometry.tile, _own, lse))),
       [(geometry.heads, geometry.tile)] * 2 + [
           (geometry.heads * geometry.size, geometry.tile)],
@@ -659,8 +665,7 @@ def backward_query(
       (spans, _with_windows_of_keys(tokens), side, rows),
       (*specs, jax.tree.map(partial(_cut, geometry, geometry.tile, _own),
                             rows)),
-      ((jax.typeof(tokens.query),
-        (d_bias, d_table, d_far)),
+      ((_like(tokens.query), (d_bias, d_table, d_far)),
        (specs[0].query, (specs[0].bias, table_spec, far_spec))),
       [(geometry.heads * geometry.size, geometry.tile)],
       _products(geometry, sizes, tokens, (3, 3)))
@@ -682,7 +687,7 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
       geometry, _backward_key, sizes[:3],
       (None, tokens._replace(query=query, segment_ids=segment_ids),
        _thrice(rows)), specs,
-      ((jax.typeof(tokens.key),) * 2, (own, own)), (),
+      ((_like(tokens.key),) * 2, (own, own)), (),
       _products(geometry, sizes, tokens, (4, 0)))
 
 
@@ -705,7 +710,7 @@ def backward_side(
       (*sizes[:2], sizes.side_tiles, sizes.tiles),
       (spans, tokens, side, rows),
       (jax.tree.map(cut, tokens), side_specs, jax.tree.map(cut, rows)),
-      ((jax.typeof(side.key),) * 2, (side_specs.key,) * 2),
+      ((_like(side.key),) * 2, (side_specs.key,) * 2),
       [(geometry.heads * geometry.size, geometry.side_tile)] * 2,
       _products(geometry, sizes, tokens, (0, 4)))
 
