@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from longt5_flax.interop.layers import unstack_layers
 from longt5_flax.training.losses import LossSums, chunked_cross_entropy
 
 Batch = dict[str, Int[Array, 'B length']]
@@ -41,9 +42,16 @@ def init_state(
 
 
 def init_params(model: nn.Module, seed: int) -> Any:
-  """A model's parameters before the first step."""
+  """A model's parameters before the first step; the same for stacked and for
+  unrolled layers."""
   tokens = jnp.ones((1, 1), jnp.int32)
-  return model.init(named_key(seed, 'params'), tokens, tokens)['params']
+  params = model.clone(scan_layers=True).init(
+      named_key(seed, 'params'), tokens, tokens)['params']
+  if model.scan_layers:
+    return params
+  # XLA would make a random draw for each tensor of each layer of it, which takes
+  # longer to compile than the train step.
+  return unstack_layers(jax.lax.optimization_barrier(params))
 
 
 def named_key(seed: int, name: str) -> Array:

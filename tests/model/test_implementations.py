@@ -37,9 +37,11 @@ LAYOUTS = {
     'padded': [[100], [41], [3]],
     'packed': [[50, 3, 20, 1, 19], [1, 99], [16, 16, 32]],
     'long': [[701], [300, 100, 2, 250]],  # Most global tokens are beyond reach.
+    'mixed': [[150, 151]],  # And a tile of tokens is of two segments.
 }
 # The length of rows, and of a tile of fused attention.
-SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64)}
+SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64),
+         'mixed': (301, 16)}
 on_gpu = pytest.mark.gpu
 
 
@@ -130,7 +132,8 @@ def test_chunked_equals_reference(layout, block_size):
 
 @pytest.mark.parametrize('layout, radius, block_size, reach', [
     ('padded', 7, 0, 6), ('padded', 30, 4, 6), ('packed', 7, 4, 6),
-    ('packed', 15, 16, 2), ('long', 7, 4, 6), ('long', 20, 2, 40)])
+    ('packed', 15, 16, 2), ('long', 7, 4, 6), ('long', 20, 2, 40),
+    ('mixed', 7, 4, 6)])
 def test_fused_equals_reference(layout, radius, block_size, reach):
   """A radius below and above a tile; reach within a tile and beyond; blocks as
   long as a tile."""
