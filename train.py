@@ -1,12 +1,14 @@
-r"""Pretrains LongT5.
+r"""Trains LongT5: pretrains it, or fine-tunes it on a task.
 
   python train.py --config=configs/quickstart.py
   python train.py --config=configs/tglobal_large.py \
     --config.data.source=jsonl --config.data.path=books.jsonl.xz \
     --config.data.vocabulary=m.model
+  python train.py --config=configs/finetune.py:arxiv --config.init_from=hf:DIR
 
 Every key of configs/base.py can be overridden. The same command again goes on
-where the run was stopped. docs/reproducibility.md says what is exact.
+where the run was stopped. docs/reproducibility.md says what is exact,
+docs/finetuning.md how to fine-tune.
 """
 
 import os

@@ -81,9 +81,7 @@ class EvalFolder:
       examples = read_predictions(self._file(_PREDICTIONS))
       return Found([example['prediction'] for example in examples.values()],
                    note=f'{self._file(_PREDICTIONS)} is there already.')
-    # Two evaluations at once may have written lines twice.
-    batches = {line['batch']: line['predictions'] for line in partial[1:]}
-    return Found(batches=[batches[i] for i in range(len(batches))])
+    return Found(batches=partial[1:])
 
   def append(self, number: int, texts: Sequence[str]) -> None:
     """Adds a batch; when it returns, the batch is on disk.
@@ -127,9 +125,7 @@ class EvalFolder:
     except FileNotFoundError:
       return None
     except (ValueError, KeyError, TypeError):
-      raise ConfigError(
-          f'{self._file(_SCORES)} was not written by eval.py: move it away, or '
-          'choose another --workdir.') from None
+      raise self._foreign(_SCORES) from None
 
   def _partial(self):
     """The identity of partial.jsonl and its batches; what comes after the last
@@ -142,7 +138,20 @@ class EvalFolder:
       return []
     end = content.rfind(b'\n') + 1
     os.truncate(path, end)
-    return [json.loads(line) for line in content[:end].splitlines()]
+    if not end:
+      return []
+    try:
+      first, *lines = map(json.loads, content[:end].splitlines())
+      # Two evaluations at once may have written lines twice.
+      batches = {line['batch']: line['predictions'] for line in lines}
+      return [{name: first[name] for name in self._identity},
+              *(batches[i] for i in range(len(batches)))]
+    except (ValueError, KeyError, TypeError):
+      raise self._foreign(_PARTIAL) from None
+
+  def _foreign(self, name):
+    return ConfigError(f'{self._file(name)} was not written by eval.py: move '
+                       'it away, or choose another --workdir.')
 
   def _write(self, name, text):
     """The whole file, or the one before."""

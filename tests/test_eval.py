@@ -192,6 +192,13 @@ def test_predictions_of_something_else_stay(
   assert code == 2
   assert (f'error: {done}/predictions.jsonl has no scores.json that says what '
           'it is of: move it away, or choose another --workdir.\n') in output
+  for name in ('scores.json', 'partial.jsonl'):
+    (done / name).write_text('[]\n')
+    code, output = evaluate(capsys, *arguments(weights, data, done.parents[1]))
+    assert code == 2
+    assert (f'error: {done}/{name} was not written by eval.py: move it away, '
+            'or choose another --workdir.\n') in output
+    (done / name).unlink()
   (tmp_path / 'scores.json').rename(done / 'scores.json')
   assert {path: path.read_bytes() for path in done.iterdir()} == before
 
@@ -238,6 +245,9 @@ MISTAKES = {
     'no such step': (
         ['--checkpoint=run:{run}/checkpoints/7'],
         '{run}/checkpoints/7: no whole checkpoint.'),
+    'no such step, and a slash': (
+        ['--checkpoint=run:{run}/checkpoints/7/'],
+        '{run}/checkpoints/7/: no whole checkpoint.'),
     'no such kind': (
         ['--checkpoint=tf:x', RUN], "'tf:x' must be one of hf:DIR_OR_FILE, "
         't5x:DIR_OR_URL, t5:DIR_OR_URL, orbax:DIR, run:WORKDIR, '

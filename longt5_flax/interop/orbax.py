@@ -79,7 +79,7 @@ def run_checkpoint(path: str) -> tuple[str, str]:
   if os.path.basename(parent) == 'checkpoints' and name.isdigit():
     if int(name) not in checkpoint_steps(os.path.dirname(parent)):
       raise WeightsError(f'{path}: no whole checkpoint.')
-    return path, f'{path}: a checkpoint of a run.'
+    return path.rstrip('/'), f'{path}: a checkpoint of a run.'
   steps = checkpoint_steps(path)
   if not steps:
     raise WeightsError(f'{path}: no checkpoint in {_checkpoints(path)}.')
