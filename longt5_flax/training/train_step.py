@@ -49,8 +49,8 @@ def init_params(model: nn.Module, seed: int) -> Any:
       named_key(seed, 'params'), tokens, tokens)['params']
   if model.scan_layers:
     return params
-  # XLA would make a random draw for each tensor of each layer of it, which takes
-  # longer to compile than the train step.
+  # XLA would make a random draw for each tensor of each layer of it, and take
+  # longer to compile that than the train step.
   return unstack_layers(jax.lax.optimization_barrier(params))
 
 
