@@ -15,6 +15,7 @@ from benchmarks import (
     compile_time,
     generate,
     hlo,
+    loss_differences,
     processes,
     report,
     step_profile,
@@ -426,3 +427,39 @@ def test_report_refuses(text, tmp_path, capsys):
   path.write_text('{"benchmark": "a"}\n' + text)
   assert report.main([str(path)]) == 2
   assert capsys.readouterr().err.startswith(f'error: {path}, line 2: must be')
+
+
+def write_losses(folder, losses):
+  folder.mkdir()
+  lines = [{'step': step, 'split': 'train', 'loss': loss}
+           for step, loss in enumerate(losses, start=1)]
+  lines.append({'step': 1, 'split': 'validation', 'loss': 9.0})
+  (folder / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(line) + '\n' for line in lines))
+  return str(folder)
+
+
+def test_loss_differences(tmp_path, capsys):
+  """Of the steps that all runs have; the second run is the measure."""
+  folders = [write_losses(tmp_path / name, losses) for name, losses in [
+      ('reference', [5.0, 4.0, 3.0]), ('other-order', [5.01, 3.99, 3.0, 2.0]),
+      ('fused', [5.0, 4.08, 3.0])]]
+  figure = tmp_path / 'figure.png'
+  assert loss_differences.main([*folders, f'--output={figure}']) == 0
+  other, fused = map(json.loads, capsys.readouterr().out.splitlines())
+  assert (other['run'], other['against'], other['steps']) == (
+      'other-order', 'reference', 3)
+  assert other['mean_absolute'] == pytest.approx(0.02 / 3)
+  assert other['over_noise'] == 1
+  assert fused['over_noise'] == pytest.approx(4)
+  assert fused['largest'] == pytest.approx(0.08)
+  assert figure.read_bytes().startswith(b'\x89PNG')
+
+
+def test_loss_differences_of_what_is_no_run(tmp_path, capsys):
+  folder = write_losses(tmp_path / 'a', [1.0])
+  assert loss_differences.main([folder, str(tmp_path)]) == 2
+  assert 'metrics.jsonl is missing' in capsys.readouterr().err
+  other = write_losses(tmp_path / 'b', [])
+  assert loss_differences.main([folder, other]) == 2
+  assert 'no logged step in common' in capsys.readouterr().err
