@@ -5,8 +5,9 @@
     runs/sweeps/implementation/runs/{reference,other-order,fused}
 
 compares every run with the first one, step by step, prints a JSON line a run,
-and draws the differences. `over_noise` is the mean absolute difference over that
-of the second run, which should differ from the first in the order of sums alone.
+and draws the differences. `over_noise` is the mean absolute difference over
+that of the second run, which should differ from the first in the order of sums
+alone.
 """
 
 import argparse
