@@ -1,8 +1,9 @@
-"""How far the training losses of runs on the same batches are apart.
+r"""How far the training losses of runs on the same batches are apart.
 
-  python -m longt5_flax.sweep configs/sweeps/implementation.py ...
   python -m benchmarks.loss_differences \
-    runs/sweeps/implementation/runs/{reference,other-order,fused}
+    runs/sweeps/implementation/runs/reference \
+    runs/sweeps/implementation/runs/other-order \
+    runs/sweeps/implementation/runs/fused
 
 compares every run with the first one, step by step, prints a JSON line a run,
 and draws the differences. `over_noise` is the mean absolute difference over

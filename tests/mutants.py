@@ -329,6 +329,9 @@ MUTANTS = [
     Mutant('finished shards made again', 'longt5_flax/data/shard_folder.py',
            'if not self._is_whole(shard.file)]', ']',
            'tests/test_prepare.py::test_stopped_and_started_again'),
+    Mutant('lead: the question counts', 'longt5_flax/lead.py',
+           "text.partition('\\n\\n')[2] or text", 'text',
+           'tests/test_lead.py::test_the_number_of_words_is_chosen'),
     # Loss, optimizer, step.
     Mutant('z-loss left out', 'longt5_flax/training/losses.py',
            'jnp.sum((loss + z_losses) * weights)', 'jnp.sum(loss * weights)',

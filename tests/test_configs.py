@@ -17,7 +17,7 @@ import eval as eval_command
 import runs
 import tiny_runs
 from configs import finetune
-from longt5_flax import compare, convert, prepare, report, summarize
+from longt5_flax import compare, convert, lead, prepare, report, summarize
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError, LongT5Config
 from longt5_flax.data.task_formats import CORPORA
@@ -31,8 +31,8 @@ from longt5_flax.training.train_step import init_state, make_train_step
 # Of commands that take no config.
 PARSERS = {f'longt5_flax.{command}': module.make_parser
            for command, module in {
-               'compare': compare, 'convert': convert, 'report': report,
-               'summarize': summarize}.items()}
+               'compare': compare, 'convert': convert, 'lead': lead,
+               'report': report, 'summarize': summarize}.items()}
 CONFIGS = sorted(path.stem for path in (runs.ROOT / 'configs').glob('*.py'))
 BATCH = ('encoder_input_tokens', 'encoder_segment_ids', 'encoder_positions',
          'decoder_input_tokens', 'decoder_target_tokens',

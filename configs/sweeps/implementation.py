@@ -5,8 +5,7 @@ order (two microbatches), in chunks, and in kernels.
 
 Command: python -m longt5_flax.sweep configs/sweeps/implementation.py \
   --config.data.path=books.jsonl.xz --config.data.vocabulary=m.model
-  and then python -m benchmarks.loss_differences \
-  runs/sweeps/implementation
+  and then python -m benchmarks.loss_differences with the folders of the runs
 Hardware: one GPU of 80 GB; kernels need one, the other runs do not.
 Expect: losses with kernels as far from the reference as those of the second
   run, within a factor of two.
