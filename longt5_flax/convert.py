@@ -28,8 +28,11 @@ from rich.progress import (
 
 from longt5_flax.api import GenerationConfig
 from longt5_flax.config import PRESETS, ConfigError, LongT5Config
+from longt5_flax.data.sources import DataError
+from longt5_flax.data.tokenizer import Tokenizer
 from longt5_flax.interop.atomic import check_free, written_whole
 from longt5_flax.interop.open import KINDS, open_tensors, split_spec
+from longt5_flax.interop.orbax import run_values
 from longt5_flax.interop.tensors import (
     Index,
     Tensors,
@@ -43,6 +46,7 @@ from longt5_flax.model.longt5 import (
 )
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
+_TARGETS = 'hf:DIR, orbax:DIR, safetensors:FILE'
 # Carried over from folder to folder.
 _TOKENIZER = ('spiece.model', 'tokenizer_config.json')
 
@@ -86,8 +90,7 @@ def convert(source: str, target: str, architecture: str | None = None,
 def _split_target(target):
   kind, colon, path = target.partition(':')
   if not colon or not path or kind not in _WRITERS:
-    known = ', '.join(f'{kind}:{KINDS[kind]}' for kind in _WRITERS)
-    raise WeightsError(f'--to {target!r} must be one of {known}.')
+    raise WeightsError(f'--to {target!r} must be one of {_TARGETS}.')
   return kind, path
 
 
@@ -162,7 +165,7 @@ def _carry_files(kind, source, place, config):
   """Copies what is beside weights, and not in them, from folder to folder."""
   if not os.path.isdir(source) or not os.path.isdir(place):
     return []
-  report = []
+  report = _write_vocabulary(source, place) if kind == 'run' else []
   for name in _TOKENIZER:
     if os.path.isfile(os.path.join(source, name)):
       shutil.copy(os.path.join(source, name), place)
@@ -175,6 +178,25 @@ def _carry_files(kind, source, place, config):
     report.append('Settings of generation copied: ' + ', '.join(
         f'{name}={value!r}' for name, value in own.items()) + '.')
   return report
+
+
+def _write_vocabulary(workdir, place):
+  """Writes what a run was trained with beside its weights, where it is known
+  and still there."""
+  values = run_values(workdir)
+  path = values['data']['vocabulary']
+  if not path:
+    return []  # A seqio task's own.
+  try:
+    tokenizer = Tokenizer(path, values['data']['extra_ids'])
+  except DataError as error:
+    return [f'The vocabulary is not copied: {error}.']
+  fingerprint = tokenizer.vocabulary.fingerprint
+  if fingerprint != (values.get('vocabulary') or fingerprint):
+    return [f'The vocabulary is not copied: {path} is not the one that the run '
+            'was trained with.']
+  tokenizer.save_pretrained(place)
+  return [f'{path}: copied as spiece.model.']
 
 
 def _write_huggingface(place, view):
@@ -207,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument('--from', dest='source', required=True,
                       metavar='KIND:PATH', help=f'one of {known}')
   parser.add_argument('--to', dest='target', required=True, metavar='KIND:PATH',
-                      help='hf:DIR, orbax:DIR or safetensors:FILE')
+                      help=f'one of {_TARGETS}')
   parser.add_argument('--architecture', metavar='DIR_OR_PRESET',
                       help='where the source holds none')
   parser.add_argument('--dtype', choices=_DTYPES,

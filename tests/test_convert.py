@@ -149,10 +149,9 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize('to, message', [
-    ('t5x:x', "--to 't5x:x' must be one of hf:DIR_OR_FILE, orbax:DIR, "
+    ('t5x:x', "--to 't5x:x' must be one of hf:DIR, orbax:DIR, "
      'safetensors:FILE.'),
-    ('x', "--to 'x' must be one of hf:DIR_OR_FILE, orbax:DIR, "
-     'safetensors:FILE.'),
+    ('x', "--to 'x' must be one of hf:DIR, orbax:DIR, safetensors:FILE."),
 ])
 def test_refused_targets(sources, capsys, to, message):
   assert refused(capsys, '--from', sources['hf'], '--to', to) == (

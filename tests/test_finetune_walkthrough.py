@@ -13,7 +13,7 @@ import eval as eval_command
 import runs
 import tiny_runs
 import train
-from longt5_flax import compare, report, summarize
+from longt5_flax import compare, convert, report, summarize
 from longt5_flax.interop.open import open_tensors
 from longt5_flax.training import partitioning
 
@@ -109,6 +109,36 @@ def test_summary_is_what_was_evaluated(folder, cache, monkeypatch, capsys):
   prediction = predictions[example['id']]['prediction']
   assert len(prediction) > 10
   assert written.out == f'{prediction}\n'
+
+
+def test_converted_run_brings_its_vocabulary(
+    folder, cache, monkeypatch, capsys):
+  monkeypatch.chdir(folder)
+  command = ['--from', 'run:runs/quickstart_finetune', '--to']
+  assert convert.main([*command, 'hf:mine']) == 0
+  assert 'corpus/vocabulary.model: copied as spiece.model.' in (
+      capsys.readouterr().out)
+  monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'A ship.')))
+  with tiny_runs.cheap_compilation(cache):
+    assert summarize.main(['--checkpoint=hf:mine', '--max_length=4']) == 0
+  config = json.loads((folder / 'mine/tokenizer_config.json').read_text())
+  assert config['extra_ids'] == 0
+
+
+def test_converted_run_without_its_vocabulary(
+    folder, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  command = ['--from', f'run:{folder}/runs/quickstart_finetune', '--to']
+  assert convert.main([*command, 'hf:missing']) == 0
+  assert 'not copied: cannot read vocabulary' in capsys.readouterr().out
+  (tmp_path / 'corpus').mkdir()
+  (tmp_path / 'corpus/vocabulary.model').symlink_to(
+      runs.ROOT / 'tests/testdata/vocabulary/tiny.model')
+  assert convert.main([*command, 'hf:another']) == 0
+  assert 'is not the one that the run was trained with' in (
+      capsys.readouterr().out)
+  for name in ('missing', 'another'):
+    assert not (tmp_path / name / 'spiece.model').exists()
 
 
 def test_report_of_both_runs(folder, monkeypatch):
