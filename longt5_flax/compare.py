@@ -15,7 +15,7 @@ from typing import Any
 
 from longt5_flax.config import ConfigError
 from longt5_flax.evaluation import bootstrap
-from longt5_flax.evaluation.metrics import METRICS
+from longt5_flax.evaluation.metrics import METRICS, SCROLLS, find_metric
 
 Examples = dict[str, dict[str, Any]]
 
@@ -26,7 +26,7 @@ def compare(first: str, second: str, metric: str, seed: int = 0
 
   Args:
     first, second: files of predictions.
-    metric: one of METRICS.
+    metric: one of METRICS, or a task of SCROLLS.
     seed: of the draws.
 
   Raises:
@@ -42,7 +42,7 @@ def compare(first: str, second: str, metric: str, seed: int = 0
     if example['references'] != files[1][key]['references']:
       raise ConfigError(f'{first} and {second} have other references for '
                         f'{key!r}.')
-  chosen = METRICS[metric]
+  chosen = find_metric(metric)
   first_scores, second_scores = (chosen.score(
       [file[key]['prediction'] for key in files[0]],
       [file[key]['references'] for key in files[0]]) for file in files)
@@ -59,7 +59,9 @@ def read_predictions(path: str) -> Examples:
   try:
     with open(path, encoding='utf-8') as file:
       lines = list(file)
-  except (OSError, UnicodeDecodeError) as error:
+  except OSError as error:
+    raise ConfigError(f'{path}: cannot be read ({error.strerror}).') from None
+  except UnicodeDecodeError as error:
     raise ConfigError(f'{path}: {error}') from None
   examples: Examples = {}
   for number, line in enumerate(lines, start=1):
@@ -112,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
       description='Compares two files of predictions by a paired bootstrap.')
   parser.add_argument('first', help='a predictions.jsonl')
   parser.add_argument('second', help='another one, of the same examples')
-  parser.add_argument('--metric', choices=METRICS, default='rouge')
+  parser.add_argument('--metric', choices=[*METRICS, *SCROLLS], default='rouge')
   parser.add_argument('--seed', type=int, default=0, help='of the draws')
   return parser
 

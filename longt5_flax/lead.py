@@ -18,7 +18,7 @@ from longt5_flax.data.examples import Example, Fields, load_examples
 from longt5_flax.data.sources import DataError
 from longt5_flax.eval_folder import EvalFolder, digest
 from longt5_flax.evaluation import bootstrap
-from longt5_flax.evaluation.metrics import METRICS, find_metric
+from longt5_flax.evaluation.metrics import METRICS, SCROLLS, find_metric
 
 Intervals = dict[str, bootstrap.Interval]
 
@@ -77,14 +77,19 @@ def make_parser() -> argparse.ArgumentParser:
       description='Scores the first words of each document.')
   parser.add_argument('data', help='JSON lines, or TSV by its name')
   parser.add_argument('--workdir', required=True, help='gets the results')
-  parser.add_argument('--words', type=int, nargs='+', default=[128])
+  parser.add_argument('--words', type=int, nargs='+', default=[128],
+                      metavar='N', help='how many; of several the one that '
+                      'scores best on --choose; by default 128')
   parser.add_argument('--choose', metavar='DATA',
                       help='examples to choose the number of words on')
   parser.add_argument('--question', action='store_true',
                       help='documents begin after an empty line')
-  parser.add_argument('--metric', choices=METRICS, default='rouge')
+  parser.add_argument('--metric', choices=[*METRICS, *SCROLLS],
+                      default='rouge', metavar='NAME',
+                      help='as eval.metric; by default rouge')
   for name, default in Fields()._asdict().items():
-    parser.add_argument(f'--{name}_field', default=default)
+    parser.add_argument(f'--{name}_field', default=default, metavar='NAME',
+                        help=f'as data.{name}_field')
   return parser
 
 

@@ -30,6 +30,12 @@ def test_table(tmp_path, capsys):
   assert lines[3].startswith('| f1 | 50.00 | 75.00 | +25.00 | +0.00 to +50.00')
 
 
+def test_a_task_of_scrolls_is_a_metric(tmp_path, capsys):
+  same = write(tmp_path / 'a', example(1, 'the king had a ring'))
+  assert compare.main([same, same, '--metric=qmsum']) == 0
+  assert '| geometric_mean | 100.00 | 100.00 |' in capsys.readouterr().out
+
+
 GOOD = example(1, 'a ring')
 
 
@@ -57,4 +63,5 @@ def test_mistakes_are_one_line(tmp_path, capsys, lines, message):
 def test_no_file(tmp_path, capsys):
   missing = str(tmp_path / 'none.jsonl')
   assert compare.main([missing, missing]) == 2
-  assert 'No such file' in capsys.readouterr().err
+  assert capsys.readouterr().err == (
+      f'error: {missing}: cannot be read (No such file or directory).\n')

@@ -43,6 +43,12 @@ def test_the_number_of_words_is_chosen(tmp_path, data, capsys):
   assert 'rougeLsum 100.00' in capsys.readouterr().out
 
 
+def test_a_task_of_scrolls_chooses_by_its_number(tmp_path, data, capsys):
+  assert run(tmp_path, data, '--metric=qmsum', '--words', '1', '2',
+             f'--choose={data}') == 0
+  assert 'geometric_mean on ' in capsys.readouterr().out
+
+
 def test_question_is_part_of_a_document_unless_told(tmp_path, data):
   assert run(tmp_path, data, '--words=2') == 0
   examples = read_predictions(
