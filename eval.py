@@ -29,7 +29,7 @@ from longt5_flax.command_line import override, read_config, recorded_config
 from longt5_flax.config import ConfigError, read_json_object
 from longt5_flax.data.sources import DataError
 from longt5_flax.eval_task import load_task, load_vocabulary
-from longt5_flax.evaluator import Evaluator
+from longt5_flax.evaluator import Evaluator, eval_metric
 from longt5_flax.interop.open import open_tensors, split_spec
 from longt5_flax.interop.orbax import run_checkpoint
 from longt5_flax.interop.tensors import load_params
@@ -66,6 +66,7 @@ def main(options: argparse.Namespace, overrides: Sequence[str]) -> None:
   checkpoint = find_checkpoint(options.checkpoint, options.workdir)
   config = make_config(options.config, checkpoint, overrides)
   run_config.check_config(config)
+  eval_metric(config.eval)  # Of pretraining there is none: say so first.
   holds_config = not checkpoint.spec.startswith(('t5x:', 't5:'))
   tensors = open_tensors(checkpoint.spec, None if holds_config else (
       run_config.model_config(config.model)))

@@ -32,9 +32,11 @@ def write_report(workdirs: Sequence[str], folder: str, samples: int
     The paths of the files written, the page first.
 
   Raises:
-    ConfigError: a folder is no run, or nothing can be written; nothing has
-      been.
+    ConfigError: a folder is no run, `samples` is negative, or nothing can be
+      written; nothing has been.
   """
+  if samples < 0:
+    raise ConfigError(f'--samples={samples} must be at least 0.')
   runs = read_runs(workdirs)
   drawn = figures(runs)
   text = page(runs, drawn, samples)

@@ -261,6 +261,10 @@ MISTAKES = {
     'no metric': (
         [RUN, '--config.eval.metric='], "eval.metric='' must be one of "
         + ', '.join((*METRICS, *SCROLLS)) + '.'),
+    'no metric, and no examples, as of a run of pretraining': (
+        [RUN, '--config.eval.metric=', '--config.data.inputs_field=x'],
+        "eval.metric='' must be one of "
+        + ', '.join((*METRICS, *SCROLLS)) + '.'),
     'no such key': (
         [RUN, '--config.eval.beams=4'], "no key 'beams'"),
     'no such argument': ([RUN, '--beams=4'], "unknown argument '--beams=4'."),

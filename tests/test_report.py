@@ -303,6 +303,14 @@ def test_refused(tmp_path, capsys, file, content, message):
   assert not (tmp_path / 'out').exists()
 
 
+def test_fewer_than_no_samples(tmp_path, capsys):
+  good = make_run(tmp_path / 'good')
+  assert report.main([
+      str(good), '--samples=-1', f'--output={tmp_path}/out']) == 2
+  assert capsys.readouterr().err == 'error: --samples=-1 must be at least 0.\n'
+  assert not (tmp_path / 'out').exists()
+
+
 def test_twice_the_same(tmp_path, capsys):
   good = make_run(tmp_path / 'good')
   assert report.main([str(good), f'{good}/']) == 2
