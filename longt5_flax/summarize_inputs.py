@@ -96,7 +96,8 @@ class Reader:
         split_sentences(text), self._tokenizer.vocabulary.encode),
                                    self._room, self._room)
     start, last = 0, len(sentences)
-    while start < last:
+    # The last sentences may have no tokens: characters that are dropped.
+    while sentences.ends[start] < sentences.ends[last]:
       lengths = sentences.ends - sentences.ends[start]
       even = -(-lengths[last] // -(-lengths[last] // self._room))
       # The sentence that passes the even length goes along if there is room.

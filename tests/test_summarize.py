@@ -1,6 +1,7 @@
 """The command that summarises: files, pieces, terminals, refusals."""
 
 import io
+import itertools
 import json
 import os
 import pty
@@ -152,6 +153,19 @@ def test_pieces(limit, question):
     assert min(map(len, read.ids)) > limit / 3 or len(read.ids) == 1
     for ids in read.ids:
       assert tokenizer.decode(ids).rstrip('</s> "')[-1] in '.!?'
+
+
+@pytest.mark.parametrize('end', ['[SEP]\n', '\xa0'])
+def test_pieces_end_before_sentences_without_tokens(end):
+  tokenizer = Tokenizer(MODEL)
+  text = 'He lay on the bank. ' * 9 + f'Then he ran. {end}'
+  # Not through `read`, which would have no end if one piece were empty.
+  pieces = list(itertools.islice(
+      Reader(tokenizer, '', 20, 'chunk')._whole_sentences(text), 100))
+  assert all(pieces)
+  whole = [token for piece in pieces for token in piece]
+  assert whole == Reader(tokenizer, '', 1000, 'chunk').read(
+      Document('', '', text.removesuffix(end))).ids[0][:-1]
 
 
 @pytest.mark.parametrize('policy', ['cut_end', 'cut_middle'])
