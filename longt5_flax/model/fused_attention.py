@@ -133,14 +133,16 @@ def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
   own = block_ids >= 0
   firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
-  rows = jnp.where(own, block_ids - firsts[..., None], 0)
+  rows = jnp.where(own, block_ids - firsts[..., None], geometry.rows)
 
   tokens = segment_ids.reshape(batch, -1, tile)
   of_tokens = segment_range(tokens)
   side_ids = side_segments[..., None]  # Tiles of one global token.
   first_seen, end_seen = covering_run(
       ranges_meet(of_tokens, segment_range(side_ids)))
-  first_clean, end_clean = gapless_run(all_see(tokens, side_ids))
+  # Tokens without a block have no bias, which no unmasked tile can express.
+  alike = jnp.where(own | (tokens == 0), tokens, jnp.iinfo(jnp.int32).max - 1)
+  first_clean, end_clean = gapless_run(all_see(alike, side_ids))
   window = firsts - (reach - 1)
   window_end = window + geometry.near
   spans = jnp.stack([
@@ -156,7 +158,7 @@ def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   side_segments = jnp.pad(side_segments, ((0, 0), (0, -num_globals % tile)))
   side_tiles = side_segments.reshape(batch, -1, tile)
   sees = ranges_meet(segment_range(side_tiles), of_tokens)
-  clean = all_see(tokens, side_tiles).swapaxes(1, 2)
+  clean = all_see(alike, side_tiles).swapaxes(1, 2)
   starts = jnp.arange(0, side_segments.shape[1], tile)[:, None]
   near = jnp.sum(lasts[:, None] + reach <= starts, axis=2)
   far = jnp.sum(firsts[:, None] < starts + tile - 1 + reach, axis=2)
@@ -221,7 +223,7 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
   tiles = kernels.GlobalTiles(
       key, value, layout.segment_ids, layout.bounds, layout.firsts, layout.rows,
-      bias[:, index + reach] * LOG2_E, arrays.far_bias)
+      _with_none(bias[:, index + reach] * LOG2_E), arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
@@ -265,7 +267,13 @@ def _globals(geometry, layout, side):
   segment_ids = jnp.pad(layout.segment_ids[:, :num_globals], ((0, 0), pads))
   return kernels.Globals(
       key, value, segment_ids, layout.rows, layout.spans,
-      _near_rows(geometry, bias) * LOG2_E, bias[:, ::2 * reach] * LOG2_E)
+      _with_none(_near_rows(geometry, bias) * LOG2_E),
+      bias[:, ::2 * reach] * LOG2_E)
+
+
+def _with_none(bias):
+  """With a last row for tokens without a block, which have no bias."""
+  return jnp.pad(bias, ((0, 0), (0, 1), (0, 0)))
 
 
 def _banded(geometry, radius, tiles):

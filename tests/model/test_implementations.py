@@ -38,10 +38,12 @@ LAYOUTS = {
     'packed': [[50, 3, 20, 1, 19], [1, 99], [16, 16, 32]],
     'long': [[701], [300, 100, 2, 250]],  # Most global tokens are beyond reach.
     'mixed': [[150, 151]],  # And a tile of tokens is of two segments.
+    # Tokens whose segment goes on elsewhere, too few for a block of their own.
+    'holes': [[3, -2, 290], [2, -1, 1, -5, 150, -60, 3]],
 }
 # The length of rows, and of a tile of fused attention.
 SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64),
-         'mixed': (301, 16)}
+         'mixed': (301, 16), 'holes': (301, 16)}
 on_gpu = pytest.mark.gpu
 
 
@@ -55,9 +57,14 @@ def fused_on_a_tpu(*inputs):
 
 
 def segments(rows, length):
+  """A segment for each number; if there are negative ones, one segment with
+  holes as long as they say."""
   ids = np.zeros((len(rows), length), np.int32)
   for row, lengths in zip(ids, rows, strict=True):
-    row[:sum(lengths)] = np.repeat(1 + np.arange(len(lengths)), lengths)
+    of_each = ([n > 0 for n in lengths] if min(lengths) < 0 else
+               1 + np.arange(len(lengths)))
+    filled = np.repeat(of_each, np.abs(lengths))
+    row[:len(filled)] = filled
   return jnp.asarray(ids)
 
 
@@ -133,7 +140,7 @@ def test_chunked_equals_reference(layout, block_size):
 @pytest.mark.parametrize('layout, radius, block_size, reach', [
     ('padded', 7, 0, 6), ('padded', 30, 4, 6), ('packed', 7, 4, 6),
     ('packed', 15, 16, 2), ('long', 7, 4, 6), ('long', 20, 2, 40),
-    ('mixed', 7, 4, 6)])
+    ('mixed', 7, 4, 6), ('holes', 7, 4, 6)])
 def test_fused_equals_reference(layout, radius, block_size, reach):
   """A radius below and above a tile; reach within a tile and beyond; blocks as
   long as a tile."""
@@ -151,6 +158,7 @@ def test_fused_equals_reference(layout, radius, block_size, reach):
     ('padded', 30, 4, 6, (3, 64), 'float32'),
     ('packed', 7, 16, 2, (2, 8), 'float16'),
     ('long', 7, 4, 6, (2, 8), 'float32'),
+    ('holes', 7, 4, 6, (2, 8), 'float32'),
     ('long', 20, 2, 40, (1, 140), 'float32')])
 def test_fused_on_a_tpu_equals_reference(
     layout, radius, block_size, reach, shape, dtype):

@@ -114,8 +114,8 @@ class Globals(NamedTuple):
   Attributes:
     key, value: [B, H K, S]; S whole tiles.
     segment_ids: [B, 1, S], 0 is none.
-    rows: [B, 1, L], which row of its tile's one-hot matrix a token has. Without
-      a block, -1: its segment has no global token that it could see.
+    rows: [B, 1, L], which row of its tile's one-hot matrix a token has; -1
+      without a block, and so without a bias.
     table: [H, table_rows, parts rows]: at [h, o, r] the bias at the offset
       first_offset + o - r, in parts that add up.
     far_bias: [2 H], of each head before and behind. None, as rows and table
@@ -219,10 +219,12 @@ def _window_segments(refs, tile, tiles):
 
 class _Place(NamedTuple):
   """Where in the table of side biases a step's lie: from `start` on, spread by
-  `one_hot` [parts rows, queries]; or beyond it, None, on one side."""
+  `one_hot` [parts rows, queries]; or beyond it, None, on one side, of the
+  queries that have a block [1, queries]."""
   start: Any
   one_hot: Any
   behind: Any
+  has_block: Any
 
 
 def _with_side_bias(
@@ -253,14 +255,16 @@ def _with_side_bias(
         row == index % geometry.rows, 1.0, 0.0).astype(table.dtype)
     update(lambda head: _dot(
         geometry, table[head, pl.ds(start, size), :], one_hot, _ROWS_COLUMNS),
-           _Place(start, one_hot, None))
+           _Place(start, one_hot, None, None))
 
   @pl.when(jnp.logical_not(near))
   def _beyond_reach():
     behind = offset > 0
     end = jnp.where(behind, 1, 0)
-    update(lambda head: side.far_bias[2 * (first_head + head) + end],
-           _Place(None, None, behind))
+    has_block = side.rows[...] >= 0
+    update(lambda head: jnp.where(
+        has_block, side.far_bias[2 * (first_head + head) + end], 0.0),
+           _Place(None, None, behind, has_block))
 
 
 def _with_globals(geometry, spans, side, update):
@@ -285,7 +289,8 @@ def _add_to_side_bias(geometry, d_table, d_far, head, place, d_scores):
         geometry, d_scores.astype(place.one_hot.dtype),
         place.one_hot[:geometry.rows], _ROWS_ROWS)
   else:
-    sums = jnp.sum(d_scores, axis=0, keepdims=True)
+    sums = jnp.where(
+        place.has_block, jnp.sum(d_scores, axis=0, keepdims=True), 0)
     before, behind = (slice(2 * head + i, 2 * head + i + 1) for i in range(2))
     d_far[before, :] += jnp.where(place.behind, 0, sums)
     d_far[behind, :] += jnp.where(place.behind, sums, 0)

@@ -76,12 +76,12 @@ class Globals(NamedTuple):
   Attributes:
     key, value: [B, P, H, K], padded on both sides so that no window leaves it.
     segment_ids: [B, P], 0 is none.
-    rows: [B, L], which row of the near bias a token has; any without a block:
-      its segment has no global token that it could see.
+    rows: [B, L], which row of the near bias a token has; without a block the
+      last one, and no bias towards far tiles.
     spans: [B, L / tile, 5]: where the near window of a query tile begins in P;
       how many far tiles lie before and behind it; and of how many of them, the
       nearest, every query sees every key.
-    near_bias: [H, rows, near] in base 2.
+    near_bias: [H, rows + 1, near] in base 2, the last row 0.
     far_bias: [H, 2] in base 2, before and behind.
   """
   key: Any
@@ -105,8 +105,8 @@ class GlobalTiles(NamedTuple):
       every query sees every key.
     firsts: [B, L / tile], the block that has row 0 of a query tile.
     rows: see `Globals`.
-    bias: [H, offsets, tile] in base 2: row o is the bias at offsets from
-      o - shift on, where `shift` is an argument.
+    bias: [H, offsets + 1, tile] in base 2: row o is the bias at offsets from
+      o - shift on, where `shift` is an argument; the last one is 0.
     far_bias: see `Globals`.
   """
   key: Any
@@ -134,12 +134,15 @@ class _Side(NamedTuple):
     bias = self.refs.near_bias[self.rows, tiles.at(i, geometry.tile)]
     return self._load(geometry, self.window + i * geometry.tile), bias
 
-  def far(self, geometry, is_before, i):
-    """The i-th far tile on one side, and its bias."""
+  def far(self, geometry, is_before, i, is_masked):
+    """The i-th far tile on one side, and its bias: one number if no mask is
+    needed, as every query has a block then."""
     start = jnp.where(
         is_before, self.window - (i + 1) * geometry.tile,
         self.window + geometry.near + i * geometry.tile)
     bias = self.refs.far_bias[jnp.where(is_before, 0, 1)]
+    if is_masked:
+      bias = _with_block(geometry, self.rows, bias)[:, None]
     return self._load(geometry, start), bias
 
   def fold_far(self, some, every, carry):
@@ -168,6 +171,11 @@ class _Side(NamedTuple):
     part = pl.ds(start, geometry.tile)
     return tiles.Keys(self.refs.key[part, :], self.refs.value[part, :],
                       self.refs.segment_ids[part])
+
+
+def _with_block(geometry, rows, values):
+  """Values of tokens that have a block, 0 for others."""
+  return jnp.where(rows < geometry.rows, values, 0)
 
 
 def _side(geometry, refs, tile):
@@ -204,11 +212,11 @@ def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
       return attend(keys, bias, softmax)
 
     def some(is_before, i, softmax):
-      keys, bias = side.far(geometry, is_before, i)
+      keys, bias = side.far(geometry, is_before, i, True)
       return attend(keys, bias, softmax)
 
     def every(is_before, i, softmax):
-      keys, bias = side.far(geometry, is_before, i)
+      keys, bias = side.far(geometry, is_before, i, False)
       return tiles.attend_to_all(geometry.tiling, query, keys, bias, softmax)
 
     softmax = jax.lax.fori_loop(
@@ -253,9 +261,9 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
 
     def far(segments, is_before, i, carry):
       d_query, d_before, d_behind = carry
-      keys, bias = side.far(geometry, is_before, i)
+      keys, bias = side.far(geometry, is_before, i, segments is not None)
       d_scores, d_query = add(segments, keys, bias, d_query)
-      d_bias = jnp.sum(d_scores, axis=1)
+      d_bias = _with_block(geometry, side.rows, jnp.sum(d_scores, axis=1))
       return (d_query, d_before + jnp.where(is_before, d_bias, 0),
               d_behind + jnp.where(is_before, 0, d_bias))
 
@@ -310,13 +318,18 @@ def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
   def within(i):
     # Rows of the bias go up with the offset, hence down with the block.
     offset = tile * geometry.tile - side.firsts[i] + shift
-    return side.bias[offset - side.rows[tiles.at(i, geometry.tile)], :].T
+    token_rows = side.rows[tiles.at(i, geometry.tile)]
+    return side.bias[jnp.where(token_rows < geometry.rows, offset - token_rows,
+                               side.bias.shape[0] - 1), :].T
 
   def add_near(i, gradients):
     return _add_key_gradient(
         geometry, tokens, rows, i, keys, within(i), gradients)
 
   def add_far(bias, is_masked, i, gradients):
+    if is_masked:
+      token_rows = side.rows[tiles.at(i, geometry.tile)]
+      bias = _with_block(geometry, token_rows, bias)[None, :]
     return _add_key_gradient(
         geometry, tokens, rows, i, keys, bias, gradients, is_masked)
 
