@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from longt5_flax.compare import read_predictions
 from longt5_flax.config import ConfigError
+from longt5_flax.interop.atomic import replace_file
 
 _PREDICTIONS, _SCORES, _PARTIAL = (
     'predictions.jsonl', 'scores.json', 'partial.jsonl')
@@ -108,8 +109,8 @@ class EvalFolder:
       scores: what is known besides the identity.
     """
     os.makedirs(self._path, exist_ok=True)
-    self._write(_PREDICTIONS, ''.join(map(_line, predictions)))
-    self._write(_SCORES, json.dumps(
+    replace_file(self._file(_PREDICTIONS), ''.join(map(_line, predictions)))
+    replace_file(self._file(_SCORES), json.dumps(
         {**scores, **self._identity}, indent=2, ensure_ascii=False) + '\n')
     self._remove(_PARTIAL)
 
@@ -152,15 +153,6 @@ class EvalFolder:
   def _foreign(self, name):
     return ConfigError(f'{self._file(name)} was not written by eval.py: move '
                        'it away, or choose another --workdir.')
-
-  def _write(self, name, text):
-    """The whole file, or the one before."""
-    path = self._file(name)
-    with open(path + '.part', 'w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(path + '.part', path)
 
   def _remove(self, name):
     if os.path.exists(self._file(name)):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from longt5_flax.config import ConfigError
+from longt5_flax.interop.atomic import replace_file
 from longt5_flax.report_figures import figures
 from longt5_flax.report_page import page
 from longt5_flax.report_runs import read_runs
@@ -47,9 +48,7 @@ def write_report(workdirs: Sequence[str], folder: str, samples: int
       for figure in group:
         paths.append(os.path.join(folder, f'{figure.name}.png'))
         figure.save(paths[-1])
-    with open(paths[0] + '.part', 'w', encoding='utf-8') as file:
-      file.write(text)
-    os.replace(paths[0] + '.part', paths[0])
+    replace_file(paths[0], text)
   except OSError as error:
     raise ConfigError(f'--output={folder}: {error.strerror}.') from None
   return paths

@@ -28,6 +28,7 @@ from absl import logging
 
 from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
+from longt5_flax.interop.atomic import replace_file
 from longt5_flax.interop.orbax import checkpoint_steps
 from longt5_flax.sweep_losses import check_held_out
 from longt5_flax.sweep_plan import ROOT, Plan, Run, read_plan
@@ -102,10 +103,7 @@ class Folder:
   def note(self, run: Run, seconds: float | None, error: str | None) -> None:
     """Records how long a run has taken, and how it failed."""
     self.record[run.name] = {'seconds': seconds, 'error': error}
-    part = self._record_path + '.part'
-    with open(part, 'w', encoding='utf-8') as file:
-      json.dump(self.record, file, indent=2)
-    os.replace(part, self._record_path)
+    replace_file(self._record_path, json.dumps(self.record, indent=2))
 
   @contextlib.contextmanager
   def locked(self) -> Iterator[int]:

@@ -16,6 +16,7 @@ from longt5_flax.config import ConfigError
 from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.inputs import held_out_batches, pipeline_options
+from longt5_flax.interop.atomic import replace_file
 from longt5_flax.sweep_plan import Plan, Run
 from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.checkpoints import abstract_state
@@ -117,10 +118,8 @@ def _read(workdir):
 
 
 def _write(workdir, known):
-  path = os.path.join(workdir, 'held_out.json')
-  with open(path + '.part', 'w', encoding='utf-8') as file:
-    json.dump(known, file, indent=2)
-  os.replace(path + '.part', path)
+  replace_file(os.path.join(workdir, 'held_out.json'),
+               json.dumps(known, indent=2))
 
 
 def _batches(config, block):

@@ -44,6 +44,16 @@ def written_whole(target: str) -> Iterator[str]:
     shutil.rmtree(place, ignore_errors=True)
 
 
+def replace_file(path: str, text: str) -> None:
+  """Writes a file in the place of one that may be there: after a kill or a
+  power cut the path has all of the old text or all of the new one."""
+  with open(path + '.part', 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(path + '.part', path)
+
+
 def check_free(target: str) -> None:
   """Refuses a target that is there, unless it is an empty folder.
 

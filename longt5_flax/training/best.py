@@ -3,6 +3,7 @@
 import json
 import os
 
+from longt5_flax.interop.atomic import replace_file
 from longt5_flax.interop.orbax import BEST_FILE, best_step, read_scores
 
 
@@ -51,10 +52,7 @@ class BestCheckpoint:
       record = {'keep_best': self.name, 'best': self.step,
                 'scores': {str(step): score for step, score
                            in sorted(self._scores.items())}}
-      with open(self._path + '.part', 'w', encoding='utf-8') as file:
-        json.dump(record, file, indent=2)
-        file.write('\n')
-      os.replace(self._path + '.part', self._path)
+      replace_file(self._path, json.dumps(record, indent=2) + '\n')
 
   def is_over(self, patience: int) -> bool:
     """Whether so many evaluations in turn were no better; 0: never."""

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from longt5_flax.interop.atomic import replace_file
+
 
 class MetricsWriter:
   """Writes metrics of steps to `metrics.jsonl` and `tensorboard/`.
@@ -27,10 +29,7 @@ class MetricsWriter:
   def _drop_from(self, first_step):
     kept = [line for line in read_metrics(self._path)
             if line['step'] < first_step]
-    part = self._path + '.part'
-    with open(part, 'w', encoding='utf-8') as file:
-      file.writelines(json.dumps(line) + '\n' for line in kept)
-    os.replace(part, self._path)
+    replace_file(self._path, ''.join(json.dumps(line) + '\n' for line in kept))
 
   def write(self, step: int, split: str, values: dict[str, Any]) -> None:
     """Writes one line; `split` is 'train', 'validation' or 'scores'."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from longt5_flax.config import ConfigError, LongT5Config
+from longt5_flax.interop.atomic import replace_file
 from longt5_flax.model.attention_choice import (
     ATTENTION_IMPLEMENTATIONS,
     AttentionChoice,
@@ -193,11 +194,8 @@ def write_config(workdir: str, values: dict[str, Any], version: str) -> None:
       'devices': f'{jax.device_count()} x {device.device_kind}',
       'processes': jax.process_count()}}
   os.makedirs(workdir, exist_ok=True)
-  path = os.path.join(workdir, 'config.json')
-  with open(path + '.part', 'w', encoding='utf-8') as file:
-    json.dump(record, file, indent=2)
-    file.write('\n')
-  os.replace(path + '.part', path)
+  replace_file(os.path.join(workdir, 'config.json'),
+               json.dumps(record, indent=2) + '\n')
 
 
 def _commit():
