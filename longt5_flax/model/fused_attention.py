@@ -27,12 +27,12 @@ from longt5_flax.model.kernels.calls import (
     ON_A_GPU,
     KernelOptions,
     all_see,
+    blocks_of_tiles,
     covering_run,
     gapless_run,
     on_each_device,
     ranges_meet,
     segment_range,
-    target_platform,
     to_operands,
 )
 from longt5_flax.model.kernels.fused_attention_triton import Geometry
@@ -75,9 +75,8 @@ def fused_attention(
     tables += side.bias,
     ids += side.segment_ids, side.block_ids
     block_size = side.block_size
-  on_a_tpu = (options.platform or target_platform()) == 'tpu'
   attend = partial(
-      fused_attention_tpu.attend if on_a_tpu else _attend,
+      fused_attention_tpu.attend if options.for_a_tpu() else _attend,
       block_size=block_size, dtype=dtype, options=options)
   return on_each_device(attend, tokens, tables, ids, options)
 
@@ -125,15 +124,9 @@ class _Layout(NamedTuple):
 def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   tile = geometry.tile
   batch, num_globals = side_segments.shape
-  block_ids = jnp.pad(
-      block_ids, ((0, 0), (0, segment_ids.shape[1] - block_ids.shape[1])),
-      constant_values=-1).reshape(batch, -1, tile)
-  # First and last block of each query tile, those before it where it has none:
-  # both never decrease.
-  lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
-  own = block_ids >= 0
-  firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
-  rows = jnp.where(own, block_ids - firsts[..., None], geometry.rows)
+  own, firsts, lasts = blocks_of_tiles(block_ids, segment_ids.shape[1], tile)
+  has_block = own >= 0
+  rows = jnp.where(has_block, own - firsts[..., None], geometry.rows)
 
   tokens = segment_ids.reshape(batch, -1, tile)
   of_tokens = segment_range(tokens)
@@ -141,7 +134,8 @@ def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   first_seen, end_seen = covering_run(
       ranges_meet(of_tokens, segment_range(side_ids)))
   # Tokens without a block have no bias, which no unmasked tile can express.
-  alike = jnp.where(own | (tokens == 0), tokens, jnp.iinfo(jnp.int32).max - 1)
+  alike = jnp.where(has_block | (tokens == 0), tokens,
+                    jnp.iinfo(jnp.int32).max - 1)
   first_clean, end_clean = gapless_run(all_see(alike, side_ids))
   window = firsts - (reach - 1)
   window_end = window + geometry.near

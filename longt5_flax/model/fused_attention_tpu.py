@@ -17,6 +17,7 @@ from longt5_flax.config import ConfigError
 from longt5_flax.model.kernels import fused_attention_tpu as kernels
 from longt5_flax.model.kernels.calls import (
     KernelOptions,
+    blocks_of_tiles,
     covering_run,
     ranges_meet,
     segment_range,
@@ -134,18 +135,12 @@ class _Layout(NamedTuple):
 
 def _layout(geometry, segment_ids, side_segments, block_ids):
   batch, length = segment_ids.shape
-  block_ids = jnp.pad(
-      block_ids, ((0, 0), (0, length - block_ids.shape[1])),
-      constant_values=-1).reshape(batch, -1, geometry.tile)
   side_segments = jnp.pad(
       side_segments,
       ((0, 0), (0, -side_segments.shape[1] % geometry.side_tile)))
-  # Where a tile has no block, the last one before it.
-  lasts = jax.lax.cummax(jnp.max(block_ids, axis=2, initial=0), axis=1)
-  own = block_ids >= 0
-  firsts = jnp.min(jnp.where(own, block_ids, lasts[..., None]), axis=2)
+  own, firsts, _ = blocks_of_tiles(block_ids, length, geometry.tile)
   firsts -= firsts % ALIGNMENT
-  rows = jnp.where(own, block_ids - firsts[..., None], -1)
+  rows = jnp.where(own >= 0, own - firsts[..., None], -1)
 
   spans = spans_of(geometry, segment_ids, side_segments, firsts)
   return _Layout(side_segments, rows.reshape(batch, -1), spans)

@@ -20,7 +20,6 @@ from longt5_flax.model.kernels.calls import (
     on_each_device,
     ranges_meet,
     segment_range,
-    target_platform,
     to_operands,
 )
 from longt5_flax.model.kernels.triton_tiles import MASKED, Rows
@@ -56,9 +55,9 @@ def segment_attention(
   Raises:
     ConfigError: the device has no such kernels.
   """
-  on_a_tpu = (options.platform or target_platform()) == 'tpu'
-  attend = partial(segment_attention_tpu.attend if on_a_tpu else _attend,
-                   dtype=dtype, options=options)
+  attend = partial(
+      segment_attention_tpu.attend if options.for_a_tpu() else _attend,
+      dtype=dtype, options=options)
   return on_each_device(attend, (query, key, value), (),
                         (query_segments, segment_ids), options)
 
@@ -83,12 +82,12 @@ def _segment_attention(tiling, query, key, value, query_segments, segment_ids):
 
 def _forward(tiling, query, key, value, query_segments, segment_ids):
   arrays = kernels.Arrays(query, query_segments, key, value, segment_ids)
-  spans, _ = _spans(tiling, query_segments, segment_ids)
+  spans = _spans(tiling, query_segments, segment_ids)
   outputs, lses = kernels.forward(
-      tiling, arrays, spans, _parts(tiling, query))
+      tiling, arrays, spans[0], _parts(tiling, query))
   lse, shares = _join(lses)
   output = jnp.einsum('pBTHK,pBHT->BTHK', outputs, shares).astype(query.dtype)
-  return output, (arrays, output, lse)
+  return output, (arrays, spans, output, lse)
 
 
 def _join(lses):
@@ -102,11 +101,9 @@ def _join(lses):
 
 
 def _backward(tiling, residuals, gradient):
-  arrays, output, lse = residuals
+  arrays, (key_spans, query_spans), output, lse = residuals
   delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
   rows = Rows(gradient, lse, delta)
-  key_spans, query_spans = _spans(
-      tiling, arrays.query_segments, arrays.segment_ids)
   d_query = jnp.sum(kernels.backward_query(
       tiling, arrays, key_spans, rows, _parts(tiling, arrays.query)), axis=0)
   d_key, d_value = kernels.backward_key(tiling, arrays, query_spans, rows)

@@ -41,6 +41,11 @@ class KernelOptions(NamedTuple):
                   self.interpret)
 
 
+  def for_a_tpu(self) -> bool:
+    """Whether the kernels to run are those of TPUs."""
+    return (self.platform or target_platform()) == 'tpu'
+
+
 ON_A_GPU = KernelOptions()
 _LEAST_CAPABILITY = 8  # Ampere's.
 
@@ -167,3 +172,27 @@ def all_see(
                       == jnp.max(key_segments, axis=2), key_segments[..., 0], 0)
   return (of_queries[..., None] == of_keys[:, None]) & (
       of_keys[:, None] > 0)
+
+
+class TileBlocks(NamedTuple):
+  """Which blocks the tokens of tiles are in.
+
+  Attributes:
+    own: the block of each token, -1 for none.
+    firsts, lasts: of each tile; where it has none, the last one before it, so
+      that both never decrease.
+  """
+  own: Int[Array, 'B tiles tile']
+  firsts: Int[Array, 'B tiles']
+  lasts: Int[Array, 'B tiles']
+
+
+def blocks_of_tiles(block_ids: Int[Array, 'B L'], length: int, tile: int
+                    ) -> TileBlocks:
+  """Of tokens filled up to a length of whole tiles."""
+  own = jnp.pad(
+      block_ids, ((0, 0), (0, length - block_ids.shape[1])),
+      constant_values=-1).reshape(block_ids.shape[0], -1, tile)
+  lasts = jax.lax.cummax(jnp.max(own, axis=2, initial=0), axis=1)
+  firsts = jnp.min(jnp.where(own >= 0, own, lasts[..., None]), axis=2)
+  return TileBlocks(own, firsts, lasts)
