@@ -16,13 +16,14 @@ from longt5_flax.generation.generate import Generated, begin, generate
 from longt5_flax.generation.options import GenerationOptions
 from longt5_flax.generation.sampling import Written, add_token, is_open
 from longt5_flax.generation.steps import token_at
+from longt5_flax.interop.layers import init_params
 from longt5_flax.model import decoding
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def init(module: nn.Module, inputs: int, key: Array) -> Any:
   """Random parameters of a module that takes one or two arrays of ids."""
-  return module.init(key, *inputs * [jnp.zeros((1, 1), jnp.int32)])['params']
+  return init_params(module, key, inputs)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -40,3 +41,20 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
         subtree[f'layers_{i}'] = jax.tree.map(lambda x, i=i: x[i], layers)
     unstacked[name] = subtree
   return unstacked
+
+
+def init_params(model: nn.Module, key: jax.Array, inputs: int) -> Any:
+  """Random parameters; the same for stacked and for unrolled layers.
+
+  Args:
+    model: with an attribute `scan_layers`.
+    key: from jax.random.
+    inputs: how many arrays of ids the model takes.
+  """
+  ids = jnp.ones((1, 1), jnp.int32)
+  params = model.clone(scan_layers=True).init(key, *inputs * [ids])['params']
+  if model.scan_layers:
+    return params
+  # XLA would make a random draw for each tensor of each layer of it, and take
+  # longer to compile that than a train step.
+  return unstack_layers(jax.lax.optimization_barrier(params))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from longt5_flax.interop.layers import unstack_layers
+from longt5_flax.interop.layers import init_params
 from longt5_flax.training.losses import LossSums, chunked_cross_entropy
 
 Batch = dict[str, Int[Array, 'B length']]
@@ -37,21 +37,8 @@ def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
   """The state before the first step; parameters depend on the seed alone."""
-  params = init_params(model, seed)
+  params = init_params(model, named_key(seed, 'params'), inputs=2)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def init_params(model: nn.Module, seed: int) -> Any:
-  """A model's parameters before the first step; the same for stacked and for
-  unrolled layers."""
-  tokens = jnp.ones((1, 1), jnp.int32)
-  params = model.clone(scan_layers=True).init(
-      named_key(seed, 'params'), tokens, tokens)['params']
-  if model.scan_layers:
-    return params
-  # XLA would make a random draw for each tensor of each layer of it, and take
-  # longer to compile that than the train step.
-  return unstack_layers(jax.lax.optimization_barrier(params))
 
 
 def named_key(seed: int, name: str) -> Array:
