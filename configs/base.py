@@ -192,8 +192,11 @@ def get_config() -> ml_collections.ConfigDict:
   # What the backward pass recomputes: none, dots (all but matrix products),
   # layer (all inside a layer).
   config.precision.remat = 'none'
-  # One stacked layer, compiled once, in place of one program a layer.
+  # One array of all layers in place of one a layer.
   config.precision.scan_layers = True
+  # Of stacked layers so many are compiled, as one turn of a loop over them; 0:
+  # all, without a loop, which compiles longer and runs faster.
+  config.precision.scan_unroll = 0
   # To the inputs: 'reference' holds all scores; 'chunked' those of some blocks
   # at a time and recomputes them, so that memory is linear in the length;
   # 'fused' none, in kernels for NVIDIA GPUs and TPUs. 'auto' is 'fused' where

@@ -187,6 +187,7 @@ class Decoder(nn.Module):
   scan_layers: bool
   remat: str
   attention: str
+  scan_unroll: int
   has_head: bool
 
   def setup(self):
@@ -227,7 +228,7 @@ class Decoder(nn.Module):
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
         self.num_layers, self.dropout(embedded, deterministic),
-        context, self.remat)
+        context, self.remat, self.scan_unroll)
     x = self.decoder_norm(x)
     self.sow('intermediates', 'output', x)
     return self.dropout(x, deterministic)

@@ -136,6 +136,7 @@ class Encoder(nn.Module):
   scan_layers: bool
   remat: str
   attention: str
+  scan_unroll: int
 
   def setup(self):
     config = self.config
@@ -160,7 +161,7 @@ class Encoder(nn.Module):
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
         self.config.num_layers, x, self._context(segment_ids, positions),
-        self.remat)
+        self.remat, self.scan_unroll)
     x = self.encoder_norm(x)
     self.sow('intermediates', 'output', x)
     return self.dropout(x, deterministic)

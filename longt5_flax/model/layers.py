@@ -189,6 +189,7 @@ def run_layers(
     carry: Any,
     context: Any,
     remat: str = 'none',
+    unroll: int = 1,
 ) -> Any:
   """Applies `call(layer, carry, context)` for every layer of a stack.
 
@@ -201,12 +202,16 @@ def run_layers(
     remat: what the backward pass finds in memory: 'none' recomputes nothing,
       'dots' keeps the results of projections, 'layer' keeps only what goes
       from layer to layer.
+    unroll: so many stacked layers make one turn of the loop over them; 0: all,
+      and there is no loop.
   """
   scan = not isinstance(layers, (list, tuple))
   if remat != 'none':
     policy = {'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
               'layer': None}[remat]
-    call = nn.remat(call, policy=policy, prevent_cse=not scan)
+    # In a loop, what is recomputed is in another body than what it repeats.
+    loop = scan and 0 < unroll < num_layers
+    call = nn.remat(call, policy=policy, prevent_cse=not loop)
   if not scan:
     for layer in layers:
       carry = call(layer, carry, context)
@@ -216,5 +221,5 @@ def run_layers(
       variable_axes={'params': 0, 'encoded': 0, 'cache': 0,
                      'intermediates': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast, length=num_layers)
+      in_axes=nn.broadcast, length=num_layers, unroll=unroll or num_layers)
   return scanned(layers, carry, context)[0]

@@ -36,12 +36,15 @@ class _LongT5(nn.Module):
       products) or 'layer' (all inside a layer).
     attention: the implementation of attention to the inputs; see
       `choose_attention`. Only 'reference' has weights to give.
+    scan_unroll: so many stacked layers make one turn of the loop over them; 0:
+      all, and there is no loop.
   """
   config: LongT5Config
   dtype: DTypeLike = jnp.float32
   scan_layers: bool = False
   remat: str = 'none'
   attention: str = 'auto'
+  scan_unroll: int = 0
 
   def setup(self):
     for name, known in (('remat', REMAT_POLICIES),
@@ -54,9 +57,10 @@ class _LongT5(nn.Module):
     self.token_embedder = Embed(self.config)
     self.encoder = Encoder(*self._stack_options())
 
-  def _stack_options(self) -> tuple[LongT5Config, DTypeLike, bool, str, str]:
+  def _stack_options(
+      self) -> tuple[LongT5Config, DTypeLike, bool, str, str, int]:
     return (self.config, self.dtype, self.scan_layers, self.remat,
-            self.attention)
+            self.attention, self.scan_unroll)
 
   @flexible_inputs
   def encode(

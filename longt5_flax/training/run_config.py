@@ -36,6 +36,7 @@ _AT_LEAST_ZERO = (
     'eval.max_batches', 'eval.samples', 'eval.decode_every_steps',
     'eval.max_examples', 'eval.max_decode_length', 'eval.patience',
     'profile.num_steps', 'loss.z_loss', 'loss.chunk_mib',
+    'precision.scan_unroll',
     'optimizer.clip_global_norm', 'optimizer.weight_decay')
 _ABOVE_ZERO = ('optimizer.eps', 'optimizer.clipping_threshold')
 _BELOW_ONE = (
@@ -66,7 +67,8 @@ def make_model(config: Any, architecture: LongT5Config | None = None
   precision = config.precision
   return LongT5ForConditionalGeneration(
       architecture or model_config(config.model), jnp.dtype(precision.dtype),
-      precision.scan_layers, precision.remat, precision.attention)
+      precision.scan_layers, precision.remat, precision.attention,
+      precision.scan_unroll)
 
 
 def check_config(config: Any) -> None:

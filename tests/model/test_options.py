@@ -33,7 +33,8 @@ TARGETS = jnp.asarray(GENERATOR.integers(2, 40, (2, 7)), jnp.int32)
 
 def model_of(**fields):
   options = {key: fields.pop(key) for key in
-             ('scan_layers', 'remat', 'dtype', 'attention') if key in fields}
+             ('scan_layers', 'remat', 'dtype', 'attention', 'scan_unroll')
+             if key in fields}
   return LongT5ForConditionalGeneration(
       dataclasses.replace(CONFIG, **fields), **options)
 
@@ -139,12 +140,25 @@ def test_by_default_pads_are_no_segment():
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'layer'])
-def test_stacked_layers_compute_the_same(remat):
+@pytest.mark.parametrize('unroll', [0, 1])
+def test_stacked_layers_compute_the_same(unroll, remat):
+  """In a loop, and without one."""
   logits, gradients = run_with_gradients(
-      model_of(scan_layers=True, remat=remat), stack_layers(params_of()))
+      model_of(scan_layers=True, remat=remat, scan_unroll=unroll),
+      stack_layers(params_of()))
   expected_logits, expected = plain()
   golden.assert_close(logits, expected_logits, what='logits')
   golden.assert_trees_close(unstack_layers(gradients), expected, 'gradient')
+
+
+def test_some_stacked_layers_a_turn():
+  """Three layers by two."""
+  logits, _ = run_with_gradients(
+      model_of(scan_layers=True, scan_unroll=2, num_layers=3),
+      stack_layers(params_of(num_layers=3)))
+  expected, _ = run_with_gradients(
+      model_of(num_layers=3), params_of(num_layers=3))
+  golden.assert_close(logits, expected, what='logits')
 
 
 def test_rematerialisation_computes_the_same():
