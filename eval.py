@@ -32,11 +32,11 @@ from longt5_flax.eval_task import load_task, load_vocabulary
 from longt5_flax.evaluator import Evaluator, eval_metric
 from longt5_flax.interop.open import open_tensors, split_spec
 from longt5_flax.interop.orbax import run_checkpoint
+from longt5_flax.interop.layers import init_params
 from longt5_flax.interop.tensors import load_params
 from longt5_flax.training import distributed, partitioning, run_config
 from longt5_flax.training.checkpoints import abstract_state
 from longt5_flax.training.progress import Report
-from longt5_flax.training.train_step import init_params
 
 
 class Checkpoint(NamedTuple):
@@ -79,7 +79,8 @@ def main(options: argparse.Namespace, overrides: Sequence[str]) -> None:
   evaluator = Evaluator(config, model, vocabulary, mesh, task)
 
   # --- Weights ----------------------------------------------------------------
-  wanted = jax.eval_shape(lambda: init_params(model, seed=0))
+  wanted = jax.eval_shape(lambda: init_params(
+      model, jax.random.key(0), inputs=2))
   params = load_params(tensors, abstract_state(
       wanted, partitioning.state_shardings(wanted, wanted, mesh)))
 

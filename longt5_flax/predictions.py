@@ -14,6 +14,7 @@ from jaxtyping import Int
 from longt5_flax.config import LongT5Config
 from longt5_flax.generation.generate import generate, start_tokens
 from longt5_flax.generation.options import GenerationOptions
+from longt5_flax.interop.layers import unstack_layers
 from longt5_flax.model import decoding
 from longt5_flax.training import partitioning
 
@@ -129,6 +130,10 @@ def _without_rules(decode, *args):
 
 def _decode(model, options, params, encoded, segment_ids):
   """[B, max_length - 1] tokens."""
+  if model.scan_layers:
+    # A loop over layers would copy each one's keys and values out of those of
+    # all, at every step.
+    model, params = model.clone(scan_layers=False), unstack_layers(params)
   cache = decoding.start(model, params, encoded, segment_ids,
                          options.max_length - 1, options.rows_per_input)
   written = generate(
