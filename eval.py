@@ -30,9 +30,9 @@ from longt5_flax.config import ConfigError, read_json_object
 from longt5_flax.data.sources import DataError
 from longt5_flax.eval_task import load_task, load_vocabulary
 from longt5_flax.evaluator import Evaluator, eval_metric
+from longt5_flax.interop.layers import init_params
 from longt5_flax.interop.open import open_tensors, split_spec
 from longt5_flax.interop.orbax import run_checkpoint
-from longt5_flax.interop.layers import init_params
 from longt5_flax.interop.tensors import load_params
 from longt5_flax.training import distributed, partitioning, run_config
 from longt5_flax.training.checkpoints import abstract_state
