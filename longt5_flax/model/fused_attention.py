@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -24,6 +25,7 @@ from longt5_flax.model import fused_attention_tpu
 from longt5_flax.model.attention import GlobalTokens
 from longt5_flax.model.kernels import fused_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
+    ATTENDED,
     ON_A_GPU,
     KernelOptions,
     all_see,
@@ -181,6 +183,7 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
       _banded(geometry, bias.shape[1] // 2, _local_tiles(geometry, bias)))
   output, lse = kernels.forward(
       geometry, tokens, _globals(geometry, layout, side))
+  output, lse = checkpoint_name((output, lse), ATTENDED)
   return output, (tokens, bias, layout, side, output, lse)
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import LongT5Config
+from longt5_flax.model.kernels.calls import ATTENDED
 from longt5_flax.model.precision import activation_dtype, contract
 from longt5_flax.model.relative_position import offset_bias
 
@@ -88,15 +89,21 @@ class MLP(nn.Module):
                deterministic: bool) -> Float[Array, 'B L D']:
     config = self.config
     if config.gated:
-      hidden = nn.gelu(
-          Dense(config.d_ff, self.dtype, name='wi_0')(x), approximate=True)
-      hidden = hidden * Dense(config.d_ff, self.dtype, name='wi_1')(x)
+      hidden = _gated_gelu(*(
+          Dense(config.d_ff, self.dtype, name=name)(x)
+          for name in ('wi_0', 'wi_1')))
     else:
       hidden = nn.relu(Dense(config.d_ff, self.dtype, name='wi')(x))
     hidden = layer_dropout(config.dropout_rate)(hidden, deterministic)
     output = Dense(config.d_model, self.dtype, jnp.float32, name='wo')(hidden)
     # LongT5's configuration drops here and once more after the layer.
     return layer_dropout(config.dropout_rate)(output, deterministic)
+
+
+@jax.checkpoint
+def _gated_gelu(gate: Array, linear: Array) -> Array:
+  """Keeps its operands for the backward pass and nothing in between."""
+  return nn.gelu(gate, approximate=True) * linear
 
 
 class Embed(nn.Module):
@@ -200,15 +207,17 @@ def run_layers(
     carry: what goes from layer to layer.
     context: what all layers see.
     remat: what the backward pass finds in memory: 'none' recomputes nothing,
-      'dots' keeps the results of projections, 'layer' keeps only what goes
-      from layer to layer.
+      'dots' keeps the results of projections and of attention's kernels,
+      'layer' keeps only what goes from layer to layer.
     unroll: so many stacked layers make one turn of the loop over them; 0: all,
       and there is no loop.
   """
   scan = not isinstance(layers, (list, tuple))
   if remat != 'none':
-    policy = {'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-              'layer': None}[remat]
+    policies = jax.checkpoint_policies
+    policy = None if remat == 'layer' else policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(ATTENDED))
     # In a loop, what is recomputed is in another body than what it repeats.
     loop = scan and 0 < unroll < num_layers
     call = nn.remat(call, policy=policy, prevent_cse=not loop)

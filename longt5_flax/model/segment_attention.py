@@ -6,12 +6,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.model import segment_attention_tpu
 from longt5_flax.model.kernels import segment_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
+    ATTENDED,
     ON_A_GPU,
     KernelOptions,
     all_see,
@@ -87,6 +89,7 @@ def _forward(tiling, query, key, value, query_segments, segment_ids):
       tiling, arrays, spans[0], _parts(tiling, query))
   lse, shares = _join(lses)
   output = jnp.einsum('pBTHK,pBHT->BTHK', outputs, shares).astype(query.dtype)
+  output, lse = checkpoint_name((output, lse), ATTENDED)
   return output, (arrays, spans, output, lse)
 
 

@@ -18,6 +18,10 @@ from longt5_flax.model.kernels.triton_tiles import Tiling
 _LARGE_SHARED_MEMORY = ('8.0', '9.0', '10.0')
 
 
+# The name of what kernels computed, for policies of rematerialisation.
+ATTENDED = 'attended'
+
+
 class KernelOptions(NamedTuple):
   """How kernels are run; results are the same within rounding.
 
