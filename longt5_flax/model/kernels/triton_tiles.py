@@ -15,26 +15,31 @@ from jax.experimental.pallas import triton as plgpu
 LOG2_E = 1.4426950408889634
 # Of what a band or segments hide. Finite: a difference of two is 0.
 MASKED = -1e30
-_WARPS = 4
+# A warp group's matrix instructions have 64 rows.
+_WARPS_PER_GROUP, _ROWS_PER_GROUP = 4, 64
 
 
 class Tiling(NamedTuple):
   """What is known of all tiles when a kernel is compiled.
 
   Attributes:
-    tile: tokens of a tile, queries or keys.
+    tile: tokens of a tile that loops go through, queries or keys.
+    queries: of a program that goes through keys: whole tiles.
+    keys: of a program that goes through queries: whole tiles.
     precision: of products of float32 operands.
     stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
   """
   tile: int
+  queries: int
+  keys: int
   precision: jax.lax.Precision
   stages: int
   interpret: bool
 
 
 class Keys(NamedTuple):
-  """A tile of keys: [tile, K] twice, and [tile]."""
+  """Some keys: [keys, K] twice, and [keys]."""
   key: Any
   value: Any
   segment_ids: Any
@@ -52,14 +57,14 @@ class Rows(NamedTuple):
   lse: Any
   delta: Any
 
-  def load(self, tiling: Tiling, tile: Any) -> 'Rows':
-    part = at(tile, tiling.tile)
+  def load(self, part: Any) -> 'Rows':
     return Rows(self.gradient[part, :], self.lse[part], self.delta[part])
 
 
 class Softmax(NamedTuple):
   """A softmax over the keys so far: the largest score, the sum of weights
-  relative to it, [tile] both, and the sum of weighted values, [tile, K]."""
+  relative to it, [queries] both, and the sum of weighted values,
+  [queries, K]."""
   top: Any
   total: Any
   output: Any
@@ -92,7 +97,11 @@ def at(index: Any, size: int) -> Any:
 
 def load_keys(tiling: Tiling, refs: Any, tile: Any) -> Keys:
   """A tile of `refs.key`, `refs.value` and `refs.segment_ids`."""
-  part = at(tile, tiling.tile)
+  return load_keys_at(refs, at(tile, tiling.tile))
+
+
+def load_keys_at(refs: Any, part: Any) -> Keys:
+  """A run of them."""
   return Keys(refs.key[part, :], refs.value[part, :], refs.segment_ids[part])
 
 
@@ -104,11 +113,11 @@ def scores(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any
   return jnp.where(same, products, MASKED)
 
 
-def no_keys(tiling: Tiling, size: int) -> Softmax:
+def no_keys(query: Any) -> Softmax:
   """Where `attend` begins."""
-  return Softmax(jnp.full((tiling.tile,), MASKED, jnp.float32),
-                 jnp.zeros((tiling.tile,), jnp.float32),
-                 jnp.zeros((tiling.tile, size), jnp.float32))
+  return Softmax(jnp.full(query.shape[:1], MASKED, jnp.float32),
+                 jnp.zeros(query.shape[:1], jnp.float32),
+                 jnp.zeros(query.shape, jnp.float32))
 
 
 def attend(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any,
@@ -240,12 +249,14 @@ def row_specs(rows: Rows) -> Rows:
               rows_by_head(rows.delta))
 
 
-def call(tiling: Tiling, kernel: Callable[..., None], grid: tuple[int, ...],
-         in_specs: Sequence[Any], out_specs: Any, out_shapes: Any, name: str
-         ) -> Any:
-  """The kernel as a function of arrays."""
+def call(tiling: Tiling, rows: int, kernel: Callable[..., None],
+         grid: tuple[int, ...], in_specs: Sequence[Any], out_specs: Any,
+         out_shapes: Any, name: str) -> Any:
+  """The kernel as a function of arrays; `rows` of a program's products, which
+  its warps share."""
   return pl.pallas_call(
       kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
       out_shape=out_shapes, interpret=tiling.interpret, name=name,
       compiler_params=plgpu.CompilerParams(
-          num_warps=_WARPS, num_stages=tiling.stages))
+          num_warps=_WARPS_PER_GROUP * max(1, rows // _ROWS_PER_GROUP),
+          num_stages=tiling.stages))
