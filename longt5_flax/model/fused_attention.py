@@ -257,7 +257,8 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   index = jnp.clip(offsets[:, None] + jnp.arange(own), -reach, reach)
   tiles = kernels.GlobalTiles(
       key, value, layout.segment_ids, layout.bounds, layout.firsts,
-      layout.tile_rows, _with_none(bias[:, index + reach] * LOG2_E), arrays.far_bias)
+      layout.tile_rows, _by_row(geometry, bias[:, index + reach], key.dtype, 2),
+      arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
@@ -303,13 +304,26 @@ def _globals(geometry, layout, side):
   segment_ids = jnp.pad(layout.segment_ids[:, :num_globals], ((0, 0), pads))
   return kernels.Globals(
       key, value, segment_ids, layout.rows, layout.spans,
-      _with_none(_near_rows(geometry, bias) * LOG2_E),
+      _by_row(geometry, _near_rows(geometry, bias), key.dtype, 1),
       bias[:, ::2 * reach] * LOG2_E)
 
 
-def _with_none(bias):
-  """With a last row for tokens without a block, which have no bias."""
-  return jnp.pad(bias, ((0, 0), (0, 1), (0, 0)))
+def _by_row(geometry, bias, dtype, axis):
+  """[H, rows, keys] as kernels take it: with a last row for tokens without a
+  block, which have no bias; or for products in two parts, which `axis` counts
+  before or behind rows, that together are as good as float32."""
+  if not geometry.tiling.near_products:
+    return jnp.pad(bias * LOG2_E, ((0, 0), (0, 1), (0, 0)))
+  # Not a cast, which a compiler may leave out.
+  higher = jax.lax.reduce_precision(bias, *_bits(dtype))
+  parts = jnp.stack([higher, bias - higher], axis).astype(dtype)
+  return parts.reshape(bias.shape[0], -1, bias.shape[2])
+
+
+def _bits(dtype):
+  """Of exponent and fraction."""
+  info = jnp.finfo(dtype)
+  return info.nexp, info.nmant
 
 
 def _banded(geometry, bias, own):

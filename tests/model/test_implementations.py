@@ -47,9 +47,9 @@ SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64),
 on_gpu = pytest.mark.gpu
 
 
-def fused(*inputs, tile=64, query_tiles=1, key_tiles=1):
+def fused(*inputs, tile=64, query_tiles=1, key_tiles=1, near_products=False):
   return fused_attention(*inputs, KernelOptions(
-      tile, query_tiles, key_tiles, interpret=True))
+      tile, query_tiles, key_tiles, near_products, interpret=True))
 
 
 def fused_on_a_tpu(*inputs):
@@ -138,13 +138,15 @@ def test_chunked_equals_reference(layout, block_size):
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
+@pytest.mark.parametrize('near_products', [False, True])
 @pytest.mark.parametrize('layout, radius, block_size, reach, tiles', [
     ('padded', 7, 0, 6, (1, 1)), ('padded', 30, 4, 6, (2, 2)),
     ('packed', 7, 4, 6, (1, 1)), ('packed', 15, 16, 2, (2, 1)),
     ('long', 7, 4, 6, (1, 1)), ('long', 20, 2, 40, (2, 4)),
     ('mixed', 7, 4, 6, (4, 2)), ('holes', 7, 4, 6, (1, 1)),
     ('holes', 40, 4, 6, (2, 2))])
-def test_fused_equals_reference(layout, radius, block_size, reach, tiles):
+def test_fused_equals_reference(
+    layout, radius, block_size, reach, tiles, near_products):
   """A radius below and above a tile; reach within a tile and beyond; blocks as
   long as a tile; one and several tiles a program, of queries and of keys."""
   length, tile = SIZES[layout]
@@ -153,7 +155,7 @@ def test_fused_equals_reference(layout, radius, block_size, reach, tiles):
   golden.assert_trees_close(
       values_and_gradients(
           functools.partial(fused, tile=tile, query_tiles=tiles[0],
-                            key_tiles=tiles[1]),
+                            key_tiles=tiles[1], near_products=near_products),
           arrays, with_rest, segment_ids),
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 

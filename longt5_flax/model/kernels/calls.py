@@ -26,12 +26,15 @@ class KernelOptions(NamedTuple):
     query_tiles: of one program on a GPU, while it goes through tiles of keys;
       a power of two. The more, the less often keys are read.
     key_tiles: of one program that goes through tiles of queries, the same.
+    near_products: whether biases of near global tokens come to the scores by a
+      product with one-hot rows, not by rows that are gathered.
     interpret: on any device, slowly, for tests.
     platform: whose kernels, 'gpu' or 'tpu'; empty for the device's.
   """
   tile: int = 64
   query_tiles: int = 1
   key_tiles: int = 1
+  near_products: bool = False
   interpret: bool = False
   platform: str = ''
 
@@ -44,7 +47,7 @@ class KernelOptions(NamedTuple):
     return Tiling(self.tile, self.tile * self.query_tiles,
                   self.tile * self.key_tiles, precision,
                   3 if capability in _LARGE_SHARED_MEMORY else 2,
-                  self.interpret)
+                  self.interpret, self.near_products)
 
   def for_a_tpu(self) -> bool:
     """Whether the kernels to run are those of TPUs."""

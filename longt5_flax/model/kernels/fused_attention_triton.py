@@ -82,7 +82,8 @@ class Globals(NamedTuple):
     spans: [B, L / queries, 5]: where the near window of a program begins in
       P; how many far tiles lie before and behind it; and of how many of them,
       the nearest, every query sees every key.
-    near_bias: [H, rows + 1, near] in base 2, the last row 0.
+    near_bias: [H, rows + 1, near] in base 2, the last row 0; for products
+      [H, 2 * rows, near] in base e, the higher parts of rows and the lower.
     far_bias: [H, 2] in base 2, before and behind.
   """
   key: Any
@@ -107,7 +108,9 @@ class GlobalTiles(NamedTuple):
     firsts: [B, L / tile], the block that has row 0 of a query tile.
     rows: as `Globals` has them, of query tiles.
     bias: [H, offsets + 1, keys] in base 2: row o is the bias at offsets from
-      o - shift on, where `shift` is an argument; the last one is 0.
+      o - shift on, where `shift` is an argument; the last one is 0. For
+      products [H, 2 * offsets, keys] in base e, of each the higher and the
+      lower part.
     far_bias: see `Globals`.
   """
   key: Any
@@ -132,7 +135,13 @@ class _Side(NamedTuple):
 
   def near(self, geometry, i):
     """The i-th tile of the near window, and its bias."""
-    bias = self.refs.near_bias[self.rows, tiles.at(i, geometry.tile)]
+    part = tiles.at(i, geometry.tile)
+    if geometry.tiling.near_products:
+      parts = self.refs.near_bias[:, part]
+      bias = tiles.Spread(_one_hot(
+          self.rows, geometry.rows, lambda i: i % geometry.rows, parts), parts)
+    else:
+      bias = self.refs.near_bias[self.rows, part]
     return self._load(geometry, self.window + i * geometry.tile), bias
 
   def far(self, geometry, is_before, i, is_masked):
@@ -175,6 +184,13 @@ class _Side(NamedTuple):
 def _with_block(geometry, rows, values):
   """Values of tokens that have a block, 0 for others."""
   return jnp.where(rows < geometry.rows, values, 0)
+
+
+def _one_hot(rows, count, row_of_part, parts):
+  """[tokens, parts]: which parts are of the row that a token has."""
+  shape = rows.shape[0], 2 * count
+  part = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  return (row_of_part(part) == rows[:, None]).astype(parts.dtype)
 
 
 def _side(refs, part):
@@ -320,6 +336,11 @@ def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
     # Rows of the bias go up with the offset, hence down with the block.
     offset = first_key - side.firsts[i] + shift
     token_rows = side.rows[tiles.at(i, geometry.tile)]
+    if geometry.tiling.near_products:
+      last = geometry.rows - 1
+      parts = side.bias[pl.ds(2 * (offset - last), 2 * geometry.rows), :]
+      return tiles.Spread(_one_hot(
+          token_rows, geometry.rows, lambda i: last - i // 2, parts), parts)
     return side.bias[jnp.where(token_rows < geometry.rows, offset - token_rows,
                                side.bias.shape[0] - 1), :].T
 

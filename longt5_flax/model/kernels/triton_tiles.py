@@ -29,6 +29,7 @@ class Tiling(NamedTuple):
     precision: of products of float32 operands.
     stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
+    near_products: see `KernelOptions`.
   """
   tile: int
   queries: int
@@ -36,6 +37,7 @@ class Tiling(NamedTuple):
   precision: jax.lax.Precision
   stages: int
   interpret: bool
+  near_products: bool = False
 
 
 class Keys(NamedTuple):
@@ -59,6 +61,14 @@ class Rows(NamedTuple):
 
   def load(self, part: Any) -> 'Rows':
     return Rows(self.gradient[part, :], self.lse[part], self.delta[part])
+
+
+class Spread(NamedTuple):
+  """A bias in base e, of rows that many queries share: the product of a one-hot
+  matrix, [queries, parts], and the parts of rows, [parts, keys]; for keys by
+  queries the other way round. It adds to the scores in the matrix unit."""
+  one_hot: Any
+  parts: Any
 
 
 class Softmax(NamedTuple):
@@ -108,9 +118,18 @@ def load_keys_at(refs: Any, part: Any) -> Keys:
 def scores(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any
            ) -> Any:
   """[queries, keys] in base 2, where `bias` is too."""
-  products = dot(tiling, query, keys.key.T) * LOG2_E + bias
+  products = _biased(
+      tiling, dot(tiling, query, keys.key.T), bias, lambda bias: dot(
+          tiling, bias.one_hot, bias.parts))
   same = segments[:, None] == keys.segment_ids[None, :]
   return jnp.where(same, products, MASKED)
+
+
+def _biased(tiling, products, bias, spread):
+  """In base 2."""
+  if isinstance(bias, Spread):
+    return (products + spread(bias)) * LOG2_E
+  return products * LOG2_E + bias
 
 
 def no_keys(query: Any) -> Softmax:
@@ -181,13 +200,16 @@ def add_key_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
   next without changing places between threads; `bias` is transposed, or one
   number. Without segments all keys are seen.
   """
-  products = dot(tiling, keys.key, query.T) * LOG2_E
+  products = dot(tiling, keys.key, query.T)
   if segments is None:
-    weights = jnp.exp2(products + (bias - rows.lse)[None, :])
+    weights = jnp.exp2(products * LOG2_E + (bias - rows.lse)[None, :])
   else:
     same = keys.segment_ids[:, None] == segments[None, :]
     weights = jnp.exp2(
-        jnp.where(same, products + bias, MASKED) - rows.lse[None, :])
+        jnp.where(same, _biased(
+            tiling, products, bias, lambda bias: dot(
+                tiling, bias.parts.T, bias.one_hot.T)), MASKED)
+        - rows.lse[None, :])
   d_weights = dot(tiling, keys.value, rows.gradient.T)
   d_scores = weights * (d_weights - rows.delta[None, :])
   d_key, d_value = gradients
