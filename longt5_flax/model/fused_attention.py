@@ -212,7 +212,8 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
                    side):
   tokens = kernels.Tokens(
       query, key, value, segment_ids,
-      _banded(geometry, bias, geometry.tiling.queries))
+      _banded(geometry, bias, geometry.tiling.queries).astype(
+          jnp.float16 if geometry.tiling.narrow_bias else jnp.float32))
   output, lse = kernels.forward(
       geometry, tokens, _globals(geometry, layout, side))
   return output, (tokens, bias, layout, side, output, lse)

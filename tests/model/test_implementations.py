@@ -47,9 +47,9 @@ SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64),
 on_gpu = pytest.mark.gpu
 
 
-def fused(*inputs, tile=64, query_tiles=1, key_tiles=1, near_products=False):
-  return fused_attention(*inputs, KernelOptions(
-      tile, query_tiles, key_tiles, near_products, interpret=True))
+def fused(*inputs, tile=64, **options):
+  return fused_attention(
+      *inputs, KernelOptions(tile, interpret=True, **options))
 
 
 def fused_on_a_tpu(*inputs):
@@ -254,7 +254,10 @@ def check_errors(narrow, exact, dtype):
 
 
 @pytest.mark.parametrize('attend', [
-    functools.partial(fused, tile=16), fused_on_a_tpu], ids=['gpu', 'tpu'])
+    functools.partial(fused, tile=16), fused_on_a_tpu,
+    functools.partial(fused, tile=16, query_tiles=2, key_tiles=2,
+                      near_products=True, narrow_bias=True)],
+                         ids=['gpu', 'tpu', 'options'])
 def test_fused_rounds_as_bfloat16_does(attend):
   segment_ids = segments(LAYOUTS['packed'], 100)
   arrays, with_rest = random_inputs(segment_ids, 7, 4, 6)

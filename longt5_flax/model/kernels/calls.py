@@ -28,6 +28,8 @@ class KernelOptions(NamedTuple):
     key_tiles: of one program that goes through tiles of queries, the same.
     near_products: whether biases of near global tokens come to the scores by a
       product with one-hot rows, not by rows that are gathered.
+    narrow_bias: whether programs of queries read the local bias in float16,
+      where products are in bfloat16.
     interpret: on any device, slowly, for tests.
     platform: whose kernels, 'gpu' or 'tpu'; empty for the device's.
   """
@@ -35,6 +37,7 @@ class KernelOptions(NamedTuple):
   query_tiles: int = 1
   key_tiles: int = 1
   near_products: bool = False
+  narrow_bias: bool = False
   interpret: bool = False
   platform: str = ''
 
@@ -44,10 +47,11 @@ class KernelOptions(NamedTuple):
                  jax.lax.Precision.HIGHEST)
     device = jax.local_devices()[0]
     capability = getattr(device, 'compute_capability', '')
+    narrow_bias = self.narrow_bias and dtype == jnp.bfloat16
     return Tiling(self.tile, self.tile * self.query_tiles,
                   self.tile * self.key_tiles, precision,
                   3 if capability in _LARGE_SHARED_MEMORY else 2,
-                  self.interpret, self.near_products)
+                  self.interpret, self.near_products, narrow_bias)
 
   def for_a_tpu(self) -> bool:
     """Whether the kernels to run are those of TPUs."""

@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
     query, key, value: [B, L, H, K].
     segment_ids: [B, L], 0 is padding.
     bias: [H, local_tiles, own, tile] in base 2, the band cut out: of a
-      program's own tokens and those of a tile.
+      program's own tokens and those of a tile; float32 or float16.
   """
   query: Any
   key: Any
@@ -217,7 +217,7 @@ def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
 
   def local(j, relative, softmax):
     return attend(tiles.load_keys(geometry.tiling, tokens, j),
-                  tokens.bias[relative], softmax)
+                  tokens.bias[relative].astype(jnp.float32), softmax)
 
   softmax = _fold_local(
       geometry, query.shape[0], tokens.key.shape[0], local,
@@ -259,7 +259,7 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
 
   def local(j, relative, d_query):
     return add(segments, tiles.load_keys(geometry.tiling, tokens, j),
-               tokens.bias[relative], d_query)[1]
+               tokens.bias[relative].astype(jnp.float32), d_query)[1]
 
   d_query = _fold_local(
       geometry, query.shape[0], tokens.key.shape[0], local,

@@ -29,7 +29,7 @@ class Tiling(NamedTuple):
     precision: of products of float32 operands.
     stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
-    near_products: see `KernelOptions`.
+    near_products, narrow_bias: see `KernelOptions`.
   """
   tile: int
   queries: int
@@ -38,6 +38,7 @@ class Tiling(NamedTuple):
   stages: int
   interpret: bool
   near_products: bool = False
+  narrow_bias: bool = False
 
 
 class Keys(NamedTuple):
