@@ -40,8 +40,9 @@ from longt5_flax.model.kernels.triton_tiles import LOG2_E, MASKED, Rows
 from longt5_flax.model.relative_position import toeplitz
 
 # Programs that share the work of one tile in the backward pass, where there
-# are few tiles and each has much to do.
-_PARTS = 8
+# are few tiles and each has much to do: of the local bias, of global tokens.
+_BIAS_PARTS = 8
+_SIDE_PARTS = 8
 
 
 def fused_attention(
@@ -231,7 +232,7 @@ def _fused_backward(geometry, residuals, gradient):
   tile = geometry.tile
   d_tiles = kernels.backward_local_bias(
       geometry, tokens._replace(bias=_banded(geometry, bias, tile)), rows,
-      _PARTS)
+      _BIAS_PARTS)
   d_bias, = jax.linear_transpose(
       partial(_local_tiles, geometry, own=tile), bias)(
       jnp.sum(d_tiles, axis=(0, 1)))
@@ -263,7 +264,7 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
-          geometry, tokens, tiles, shift, rows, _PARTS))
+          geometry, tokens, tiles, shift, rows, _SIDE_PARTS))
   d_near, d_far = (jnp.sum(x, axis=(0, 2)) for x in d_rows)
   d_bias, = jax.linear_transpose(partial(_near_rows, geometry), bias)(d_near)
   d_bias = d_bias.at[:, 0].add(d_far[:, 0]).at[:, -1].add(d_far[:, 1])
