@@ -138,24 +138,24 @@ def test_chunked_equals_reference(layout, block_size):
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
-@pytest.mark.parametrize('near_products', [False, True])
-@pytest.mark.parametrize('layout, radius, block_size, reach, tiles', [
-    ('padded', 7, 0, 6, (1, 1)), ('padded', 30, 4, 6, (2, 2)),
-    ('packed', 7, 4, 6, (1, 1)), ('packed', 15, 16, 2, (2, 1)),
-    ('long', 7, 4, 6, (1, 1)), ('long', 20, 2, 40, (2, 4)),
-    ('mixed', 7, 4, 6, (4, 2)), ('holes', 7, 4, 6, (1, 1)),
-    ('holes', 40, 4, 6, (2, 2))])
+@pytest.mark.parametrize('layout, radius, block_size, reach, tiles, products', [
+    ('padded', 7, 0, 6, (1, 1), False), ('padded', 30, 4, 6, (2, 2), False),
+    ('packed', 7, 4, 6, (1, 1), True), ('packed', 15, 16, 2, (2, 1), True),
+    ('long', 7, 4, 6, (1, 1), False), ('long', 20, 2, 40, (2, 4), True),
+    ('mixed', 7, 4, 6, (4, 2), True), ('holes', 7, 4, 6, (1, 1), False),
+    ('holes', 40, 4, 6, (2, 2), True)])
 def test_fused_equals_reference(
-    layout, radius, block_size, reach, tiles, near_products):
+    layout, radius, block_size, reach, tiles, products):
   """A radius below and above a tile; reach within a tile and beyond; blocks as
-  long as a tile; one and several tiles a program, of queries and of keys."""
+  long as a tile; one and several tiles a program, of queries and of keys; near
+  biases gathered and by products."""
   length, tile = SIZES[layout]
   segment_ids = segments(LAYOUTS[layout], length)
   arrays, with_rest = random_inputs(segment_ids, radius, block_size, reach)
   golden.assert_trees_close(
       values_and_gradients(
           functools.partial(fused, tile=tile, query_tiles=tiles[0],
-                            key_tiles=tiles[1], near_products=near_products),
+                            key_tiles=tiles[1], near_products=products),
           arrays, with_rest, segment_ids),
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
