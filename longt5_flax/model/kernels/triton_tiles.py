@@ -15,26 +15,34 @@ from jax.experimental.pallas import triton as plgpu
 LOG2_E = 1.4426950408889634
 # Of what a band or segments hide. Finite: a difference of two is 0.
 MASKED = -1e30
-_WARPS = 4
+# A warp group's matrix instructions have 64 rows.
+_WARPS_PER_GROUP, _ROWS_PER_GROUP = 4, 64
 
 
 class Tiling(NamedTuple):
   """What is known of all tiles when a kernel is compiled.
 
   Attributes:
-    tile: tokens of a tile, queries or keys.
+    tile: tokens of a tile that loops go through, queries or keys.
+    queries: of a program that goes through keys: whole tiles.
+    keys: of a program that goes through queries: whole tiles.
     precision: of products of float32 operands.
     stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
+    near_products, narrow_bias: see `KernelOptions`.
   """
   tile: int
+  queries: int
+  keys: int
   precision: jax.lax.Precision
   stages: int
   interpret: bool
+  near_products: bool = False
+  narrow_bias: bool = False
 
 
 class Keys(NamedTuple):
-  """A tile of keys: [tile, K] twice, and [tile]."""
+  """Some keys: [keys, K] twice, and [keys]."""
   key: Any
   value: Any
   segment_ids: Any
@@ -52,14 +60,22 @@ class Rows(NamedTuple):
   lse: Any
   delta: Any
 
-  def load(self, tiling: Tiling, tile: Any) -> 'Rows':
-    part = at(tile, tiling.tile)
+  def load(self, part: Any) -> 'Rows':
     return Rows(self.gradient[part, :], self.lse[part], self.delta[part])
+
+
+class Spread(NamedTuple):
+  """A bias in base e, of rows that many queries share: the product of a one-hot
+  matrix, [queries, parts], and the parts of rows, [parts, keys]; for keys by
+  queries the other way round. It adds to the scores in the matrix unit."""
+  one_hot: Any
+  parts: Any
 
 
 class Softmax(NamedTuple):
   """A softmax over the keys so far: the largest score, the sum of weights
-  relative to it, [tile] both, and the sum of weighted values, [tile, K]."""
+  relative to it, [queries] both, and the sum of weighted values,
+  [queries, K]."""
   top: Any
   total: Any
   output: Any
@@ -92,23 +108,36 @@ def at(index: Any, size: int) -> Any:
 
 def load_keys(tiling: Tiling, refs: Any, tile: Any) -> Keys:
   """A tile of `refs.key`, `refs.value` and `refs.segment_ids`."""
-  part = at(tile, tiling.tile)
+  return load_keys_at(refs, at(tile, tiling.tile))
+
+
+def load_keys_at(refs: Any, part: Any) -> Keys:
+  """A run of them."""
   return Keys(refs.key[part, :], refs.value[part, :], refs.segment_ids[part])
 
 
 def scores(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any
            ) -> Any:
   """[queries, keys] in base 2, where `bias` is too."""
-  products = dot(tiling, query, keys.key.T) * LOG2_E + bias
+  products = _biased(
+      tiling, dot(tiling, query, keys.key.T), bias, lambda bias: dot(
+          tiling, bias.one_hot, bias.parts))
   same = segments[:, None] == keys.segment_ids[None, :]
   return jnp.where(same, products, MASKED)
 
 
-def no_keys(tiling: Tiling, size: int) -> Softmax:
+def _biased(tiling, products, bias, spread):
+  """In base 2."""
+  if isinstance(bias, Spread):
+    return (products + spread(bias)) * LOG2_E
+  return products * LOG2_E + bias
+
+
+def no_keys(query: Any) -> Softmax:
   """Where `attend` begins."""
-  return Softmax(jnp.full((tiling.tile,), MASKED, jnp.float32),
-                 jnp.zeros((tiling.tile,), jnp.float32),
-                 jnp.zeros((tiling.tile, size), jnp.float32))
+  return Softmax(jnp.full(query.shape[:1], MASKED, jnp.float32),
+                 jnp.zeros(query.shape[:1], jnp.float32),
+                 jnp.zeros(query.shape, jnp.float32))
 
 
 def attend(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any,
@@ -172,13 +201,16 @@ def add_key_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
   next without changing places between threads; `bias` is transposed, or one
   number. Without segments all keys are seen.
   """
-  products = dot(tiling, keys.key, query.T) * LOG2_E
+  products = dot(tiling, keys.key, query.T)
   if segments is None:
-    weights = jnp.exp2(products + (bias - rows.lse)[None, :])
+    weights = jnp.exp2(products * LOG2_E + (bias - rows.lse)[None, :])
   else:
     same = keys.segment_ids[:, None] == segments[None, :]
     weights = jnp.exp2(
-        jnp.where(same, products + bias, MASKED) - rows.lse[None, :])
+        jnp.where(same, _biased(
+            tiling, products, bias, lambda bias: dot(
+                tiling, bias.parts.T, bias.one_hot.T)), MASKED)
+        - rows.lse[None, :])
   d_weights = dot(tiling, keys.value, rows.gradient.T)
   d_scores = weights * (d_weights - rows.delta[None, :])
   d_key, d_value = gradients
@@ -240,12 +272,14 @@ def row_specs(rows: Rows) -> Rows:
               rows_by_head(rows.delta))
 
 
-def call(tiling: Tiling, kernel: Callable[..., None], grid: tuple[int, ...],
-         in_specs: Sequence[Any], out_specs: Any, out_shapes: Any, name: str
-         ) -> Any:
-  """The kernel as a function of arrays."""
+def call(tiling: Tiling, rows: int, kernel: Callable[..., None],
+         grid: tuple[int, ...], in_specs: Sequence[Any], out_specs: Any,
+         out_shapes: Any, name: str) -> Any:
+  """The kernel as a function of arrays; `rows` of a program's products, which
+  its warps share."""
   return pl.pallas_call(
       kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
       out_shape=out_shapes, interpret=tiling.interpret, name=name,
       compiler_params=plgpu.CompilerParams(
-          num_warps=_WARPS, num_stages=tiling.stages))
+          num_warps=_WARPS_PER_GROUP * max(1, rows // _ROWS_PER_GROUP),
+          num_stages=tiling.stages))
