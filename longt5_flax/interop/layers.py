@@ -47,14 +47,15 @@ def init_params(model: nn.Module, key: jax.Array, inputs: int) -> Any:
   """Random parameters; the same for stacked and for unrolled layers.
 
   Args:
-    model: with an attribute `scan_layers`.
+    model: with attributes `scan_layers` and `scan_unroll`.
     key: from jax.random.
     inputs: how many arrays of ids the model takes.
   """
   ids = jnp.ones((1, 1), jnp.int32)
-  params = model.clone(scan_layers=True).init(key, *inputs * [ids])['params']
+  # A loop: XLA takes longer to compile a random draw for each tensor of each
+  # layer than a train step, and would also make one of slices of one draw.
+  params = model.clone(scan_layers=True, scan_unroll=1).init(
+      key, *inputs * [ids])['params']
   if model.scan_layers:
     return params
-  # XLA would make a random draw for each tensor of each layer of it, and take
-  # longer to compile that than a train step.
   return unstack_layers(jax.lax.optimization_barrier(params))

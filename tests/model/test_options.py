@@ -17,7 +17,11 @@ from longt5_flax import (
   LongT5ForConditionalGeneration,
   LongT5Model,
 )
-from longt5_flax.interop.layers import stack_layers, unstack_layers
+from longt5_flax.interop.layers import (
+    init_params,
+    stack_layers,
+    unstack_layers,
+)
 
 # Depths differ, and heads * d_kv is not d_model.
 CONFIG = LongT5Config(
@@ -159,6 +163,19 @@ def test_some_stacked_layers_a_turn():
   expected, _ = run_with_gradients(
       model_of(num_layers=3), params_of(num_layers=3))
   golden.assert_close(logits, expected, what='logits')
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_deep_models_draw_as_often_as_shallow_ones(scan_layers):
+  """A program of a draw for each tensor of each layer takes minutes to
+  compile."""
+  def draws(depth):
+    model = model_of(num_layers=depth, num_decoder_layers=depth,
+                     scan_layers=scan_layers)
+    return str(jax.make_jaxpr(lambda key: init_params(model, key, 2))(
+        jax.random.key(0))).count('random_bits')
+
+  assert draws(2) == draws(5) > 0
 
 
 def test_rematerialisation_computes_the_same():
