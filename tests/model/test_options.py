@@ -165,17 +165,15 @@ def test_some_stacked_layers_a_turn():
   golden.assert_close(logits, expected, what='logits')
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-def test_deep_models_draw_as_often_as_shallow_ones(scan_layers):
-  """A program of a draw for each tensor of each layer takes minutes to
-  compile."""
-  def draws(depth):
+def test_deep_models_start_with_as_short_a_program():
+  """One of a draw for each tensor of each layer takes minutes to compile."""
+  def size(depth):
     model = model_of(num_layers=depth, num_decoder_layers=depth,
-                     scan_layers=scan_layers)
-    return str(jax.make_jaxpr(lambda key: init_params(model, key, 2))(
-        jax.random.key(0))).count('random_bits')
+                     scan_layers=True)
+    return len(jax.jit(lambda key: init_params(model, key, 2)).lower(
+        jax.random.key(0)).as_text())
 
-  assert draws(2) == draws(5) > 0
+  assert size(6) < 1.01 * size(2)
 
 
 def test_rematerialisation_computes_the_same():
