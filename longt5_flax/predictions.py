@@ -135,7 +135,8 @@ def _decode(model, options, params, encoded, segment_ids):
     # all, at every step.
     model, params = model.clone(scan_layers=False), unstack_layers(params)
   cache = decoding.start(model, params, encoded, segment_ids,
-                         options.max_length - 1, options.rows_per_input)
+                         options.max_length - 1, options.rows_per_input,
+                         may_reorder=options.num_beams > 1)
   written = generate(
       functools.partial(decoding.step, model, params), decoding.reorder, cache,
       start_tokens(len(encoded), options), options)

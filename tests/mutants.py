@@ -580,8 +580,12 @@ MUTANTS = [
            'folder.note(run, None, None)', 'pass',
            'tests/test_sweep.py::test_minutes_of_a_killed_sweep_are_not_known'),
     Mutant('cache not reordered', 'longt5_flax/model/decoding.py',
-           'leaf if leaf.ndim == 0 else', 'leaf if True else',
+           "decoder['ancestors'], rows", "decoder['ancestors'], rows * 0",
            'tests/model/test_decoding.py'
+           '::test_rows_of_an_input_and_their_reordering'),
+    Mutant('a new token as if of another beam', 'longt5_flax/model/decoder.py',
+           'jnp.arange(room) < start, held_by',
+           'jnp.arange(room) <= start, held_by', 'tests/model/test_decoding.py'
            '::test_rows_of_an_input_and_their_reordering'),
     Mutant('keys copied for each beam', 'longt5_flax/model/decoder.py',
            '    folded = x.reshape(key.shape[0], -1, x.shape[-1])\n',

@@ -22,6 +22,7 @@ from longt5_flax.model.layers import (
     make_layers,
     run_layers,
 )
+from longt5_flax.model.precision import activation_dtype
 from longt5_flax.model.relative_position import toeplitz
 from longt5_flax.model.segment_attention import segment_attention
 
@@ -52,7 +53,8 @@ class DecoderAttention(Projections):
   """Self- or cross-attention of the decoder.
 
   Step by step, `key` and `value` [B, S, H, K] of the encoder's output are in
-  the collection `encoded`, those of the targets so far in `cache`.
+  the collection `encoded`, those of the targets so far in `cache`, [groups, H,
+  n, S, K], as a step reads them: the n rows of a group see each other's.
 
   Attributes:
     attention: which implementation attends to whole inputs; see
@@ -79,21 +81,34 @@ class DecoderAttention(Projections):
         self.project_query(x), key, value, context.segment_ids,
         context.encoder_segment_ids, self.dtype))
 
-  def fill(self, collection: str, source: Float[Array, 'B S D']) -> None:
-    """Stores the keys and values of `source`."""
-    self._store(collection, *self.project_key_value(source, True))
+  def store_encoded(self, source: Float[Array, 'B S D']) -> None:
+    """Stores the keys and values of the encoder's output."""
+    self._store('encoded', *self.project_key_value(source, True))
+
+  def make_room(self, groups: int, n: int, length: int) -> None:
+    """Makes a cache for targets."""
+    empty = jnp.zeros((groups, self.config.num_heads, n, length,
+                       self.config.d_kv), activation_dtype(self.dtype))
+    self._store('cache', empty, empty)
 
   def attend_to_targets(
-      self, x: Float[Array, 'B T D'], bias: Float[Array, '1 H T S'],
-      mask: Bool[Array, '#B 1 T S'], start: Int[Array, '']
-  ) -> Float[Array, 'B T D']:
-    """Attends to the cache, with x's own keys put at `start` first."""
-    key, value = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-        for old, new in zip(self._stored('cache'),
-                            self.project_key_value(x, True), strict=True))
-    self._store('cache', key, value)
-    return self._attend(x, key, value, bias, mask)
+      self, x: Float[Array, 'rows T D'], bias: Float[Array, '1 H nT nS'],
+      mask: Bool[Array, '#groups 1 nT nS'], start: Int[Array, '']
+  ) -> Float[Array, 'rows T D']:
+    """Attends to the cache of a row's group, with x's own keys put at `start`
+    first."""
+    cached = []
+    for old, new in zip(self._stored('cache'), self.project_key_value(x, True),
+                        strict=True):
+      groups, heads, n, _, size = old.shape
+      new = new.reshape(groups, n, -1, heads, size).transpose(0, 3, 1, 2, 4)
+      cached.append(
+          jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=3))
+    self._store('cache', *cached)
+    key, value = (array.reshape(groups, heads, -1, size).swapaxes(1, 2)
+                  for array in cached)
+    folded = x.reshape(groups, -1, x.shape[-1])
+    return self._attend(folded, key, value, bias, mask).reshape(x.shape)
 
   def attend_to_inputs(
       self, x: Float[Array, 'rows T D'], mask: Bool[Array, 'B 1 1 L']
@@ -154,12 +169,12 @@ class DecoderLayer(nn.Module):
     x = x + self.dropout(y, deterministic)
     return self._add_mlp(x, deterministic)
 
-  def init_cache(self, targets: Float[Array, 'rows T D'],
-                 encoded: Float[Array, 'B L D']) -> Float[Array, 'rows T D']:
+  def init_cache(self, room: Float[Array, 'groups n S'],
+                 encoded: Float[Array, 'B L D']) -> Float[Array, 'groups n S']:
     """Stores the encoder's keys and values, and makes room for targets."""
-    self.self_attention.fill('cache', targets)
-    self.encoder_decoder_attention.fill('encoded', encoded)
-    return targets
+    self.self_attention.make_room(*room.shape)
+    self.encoder_decoder_attention.store_encoded(encoded)
+    return room
 
   def step(self, x: Float[Array, 'rows T D'],
            context: DecoderContext) -> Float[Array, 'rows T D']:
@@ -242,14 +257,17 @@ class Decoder(nn.Module):
       return embedder.attend(x)
     return self.logits_dense(x)
 
-  def init_cache(self, encoded: Float[Array, 'B L D'],
-                 max_length: int, rows_per_input: int) -> None:
+  def init_cache(self, encoded: Float[Array, 'B L D'], max_length: int,
+                 rows_per_input: int, with_ancestors: bool) -> None:
     """Makes the collections for decoding up to `max_length` targets."""
-    empty = jnp.zeros((encoded.shape[0] * rows_per_input, max_length,
-                       self.config.d_model))
+    rows = encoded.shape[0] * rows_per_input
+    n = rows_per_input if with_ancestors else 1
     self.put_variable('cache', 'length', jnp.zeros((), jnp.int32))
-    run_layers(self.layers, DecoderLayer.init_cache,
-               self.num_layers, empty, encoded)
+    if with_ancestors:
+      self.put_variable(
+          'cache', 'ancestors', jnp.zeros((rows, max_length), jnp.int32))
+    run_layers(self.layers, DecoderLayer.init_cache, self.num_layers,
+               jnp.zeros((rows // n, n, max_length)), encoded)
 
   def step(self, embedded: Float[Array, 'rows T D'],
            encoder_segment_ids: Int[Array, 'B L'],
@@ -259,7 +277,7 @@ class Decoder(nn.Module):
     start: Array = self.get_variable('cache', 'length')
     name = 'layers' if self.scan_layers else 'layers_0'
     cache = self.variables['cache'][name]['self_attention']
-    room = cache['key'].shape[-3]
+    room = cache['key'].shape[-2]
     offsets = jnp.arange(room) - (
         start + jnp.arange(embedded.shape[1])[:, None])
     by_offset = self.relpos_bias(1 - room, 0)
@@ -267,6 +285,9 @@ class Decoder(nn.Module):
     self_mask = (offsets <= 0)[None, None]
     if decoder_mask is not None:
       self_mask = self_mask & decoder_mask[:, None, None]
+    if self.has_variable('cache', 'ancestors'):
+      bias, self_mask = self._of_ancestors(
+          bias, self_mask, start, cache['key'].shape[-3])
     context = DecoderContext(
         None, bias[None], self_mask,
         (encoder_segment_ids > 0)[:, None, None], None, None, start)
@@ -276,3 +297,19 @@ class Decoder(nn.Module):
         embedded, context))
     self.sow('intermediates', 'output', x)
     return x
+
+  def _of_ancestors(self, bias, mask, start, n):
+    """Bias [H, n T, n S] and mask [groups, 1, n T, n S] of the n rows of a
+    group, where each target sees what its row's ancestors hold, whichever rows
+    those are; notes that from `start` on a row's targets are its own."""
+    held_by = self.get_variable('cache', 'ancestors')
+    rows, room = held_by.shape
+    num_targets = bias.shape[1]
+    own = jnp.arange(rows)[:, None] % n
+    held_by = jnp.where(jnp.arange(room) < start, held_by, own)
+    self.put_variable('cache', 'ancestors', held_by)
+    is_held = held_by[:, None, None] == jnp.arange(n)[:, None]  # rows 1 n S
+    mask = is_held & jnp.broadcast_to(
+        mask[:, 0, :, None], (rows, num_targets, 1, room))
+    return jnp.tile(bias, (1, n, n)), mask.reshape(
+        rows // n, 1, n * num_targets, n * room)

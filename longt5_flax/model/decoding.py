@@ -18,7 +18,7 @@ class DecodingCache(NamedTuple):
     encoder_segment_ids: 0 is padding.
     encoded: keys and values of the encoder's output, [B, L, H, K]: one row for
       each input, however many rows are decoded from it.
-    targets: those of the tokens so far, [rows, room, H, K], and their number.
+    targets: those of the tokens so far, and their number.
     target_mask: which tokens later ones may see; None is all.
   """
   encoder_segment_ids: Int[Array, 'B L']
@@ -35,6 +35,7 @@ def start(
     room: int,
     rows_per_input: int = 1,
     prompt_mask: Bool[Array, 'B P'] | None = None,
+    may_reorder: bool = True,
 ) -> DecodingCache:
   """The cache before the first token.
 
@@ -49,10 +50,14 @@ def start(
       input standing together.
     prompt_mask: which of the first P tokens, of each input, later ones may
       see; what follows them is seen. By default all are.
+    may_reorder: whether `reorder` may be called. A row then attends to all rows
+      of its input and picks what it goes on from: False where there are many
+      and each goes its own way.
   """
   _, state = model.apply(
       {'params': params}, encoder_output, room, rows_per_input,
-      method='init_cache', mutable=['encoded', 'cache'])
+      may_reorder and rows_per_input > 1, method='init_cache',
+      mutable=['encoded', 'cache'])
   if prompt_mask is not None:
     after = room - prompt_mask.shape[1]
     prompt_mask = jnp.repeat(jnp.pad(
@@ -79,11 +84,11 @@ def step(
 def reorder(cache: DecodingCache, rows: Int[Array, 'rows']) -> DecodingCache:
   """The cache in which row i continues what was row `rows[i]`.
 
-  A row must come from the same input, whose rows have one mask.
+  Keys and values stay where they are; rows note whose they see. A row must come
+  from the same input, whose rows have one mask. The cache must have been made
+  for it, with several rows an input.
   """
-  # Stacked layers have one more axis, in front.
-  targets = jax.tree.map(
-      lambda leaf: leaf if leaf.ndim == 0 else jnp.take(
-          leaf, rows, axis=-4, mode='clip'),
-      cache.targets)
-  return cache._replace(targets=targets)
+  decoder = cache.targets['decoder']
+  ancestors = jnp.take(decoder['ancestors'], rows, axis=0, mode='clip')
+  return cache._replace(
+      targets={'decoder': {**decoder, 'ancestors': ancestors}})

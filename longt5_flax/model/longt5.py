@@ -166,7 +166,8 @@ class LongT5Model(_LongT5):
     return self._head(x) if with_head else x
 
   def init_cache(self, encoder_output: Float[Array, 'B L D'],
-                 max_decode_length: int, rows_per_input: int = 1) -> None:
+                 max_decode_length: int, rows_per_input: int = 1,
+                 with_ancestors: bool = False) -> None:
     """Makes what decoding step by step needs: two collections.
 
     Call with `mutable=['encoded', 'cache']`. `encoded` holds the keys and
@@ -177,8 +178,13 @@ class LongT5Model(_LongT5):
       max_decode_length: the most targets to decode.
       rows_per_input: how many rows of targets share one input; an input's rows
         stand together.
+      with_ancestors: adds `ancestors` [rows, max_decode_length] to the
+        decoder's part of `cache`: which of its input's rows, the first being
+        0, holds what a row sees at each target. It may be changed between
+        steps.
     """
-    self.decoder.init_cache(encoder_output, max_decode_length, rows_per_input)
+    self.decoder.init_cache(encoder_output, max_decode_length, rows_per_input,
+                            with_ancestors)
 
   @flexible_inputs
   def decode_step(

@@ -99,35 +99,28 @@ def test_encoded_is_kept_once_for_each_input(dtype):
   assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache.encoded)
           } == {((2, LENGTH, 4, 8), jnp.dtype(dtype))}
   assert {leaf.shape for leaf in jax.tree.leaves(cache.targets)
-          } == {(), (2 * BEAMS, 9, 4, 8)}
+          } == {(), (2 * BEAMS, 9), (2, 4, BEAMS, 9, 8)}
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
 def test_no_copy_of_the_encoded_for_each_beam(scan_layers):
   """The loop of a search gets keys and values of the inputs, one row for each
-  input, and makes nothing as large; one with copied inputs is noticed."""
+  input, and makes nothing as large."""
   keys = 2 * LENGTH * 4 * 8 * (2 if scan_layers else 1)
   weights = 2 * 4 * BEAMS * LENGTH
-  loop, compiled = searching(scan_layers, BEAMS)
+  loop, compiled = searching(scan_layers)
   assert largest(variable.aval.shape for variable in loop.invars) == keys
   assert largest(computed(loop)) == weights
   assert largest(shapes_in(compiled)) == keys
-  loop, compiled = searching(scan_layers, 1)
-  assert largest(
-      variable.aval.shape for variable in loop.invars) == BEAMS * keys
-  assert largest(shapes_in(compiled)) == BEAMS * keys
 
 
-def searching(scan_layers, rows_per_input):
+def searching(scan_layers):
   """The loop of a search, as traced, and the compiled program."""
   model, params = model_of(scan_layers)
   options = GenerationOptions(max_length=9, num_beams=BEAMS)
 
   def search(encoded):
-    copies = BEAMS // rows_per_input
-    cache = decoding.start(
-        model, params, encoded.repeat(copies, axis=0),
-        SEGMENTS.repeat(copies, axis=0), 8, rows_per_input)
+    cache = decoding.start(model, params, encoded, SEGMENTS, 8, BEAMS)
     return generate(partial(decoding.step, model, params), decoding.reorder,
                     cache, start_tokens(2, options), options)
 
