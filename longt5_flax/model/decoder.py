@@ -302,7 +302,7 @@ class Decoder(nn.Module):
     """Bias [H, n T, n S] and mask [groups, 1, n T, n S] of the n rows of a
     group, where each target sees what its row's ancestors hold, whichever rows
     those are; notes that from `start` on a row's targets are its own."""
-    held_by = self.get_variable('cache', 'ancestors')
+    held_by: Array = self.get_variable('cache', 'ancestors')
     rows, room = held_by.shape
     num_targets = bias.shape[1]
     own = jnp.arange(rows)[:, None] % n
