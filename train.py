@@ -155,7 +155,7 @@ def main(config, workdir):
         break
       profile(config.profile, step - first_step, workdir)
       batch = partitioning.global_batch(
-          mesh, rows, meter.take(batches), batch_size)
+          mesh, rows, meter.take(batches, pending and pending[1]), batch_size)
       state, metrics = train_step(state, batch)
       if pending:
         finish(*pending)

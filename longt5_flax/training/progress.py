@@ -39,11 +39,18 @@ class Meter:
     self._tokens = np.zeros(2)
     self._waited = 0.0
 
-  def take(self, batches: Iterator[Any]) -> Any:
-    """The next of `batches`; counts how long that took."""
+  def take(self, batches: Iterator[Any], running: Any = None) -> Any:
+    """The next of `batches`; counts how long that took, unless the device is
+    still at work afterwards.
+
+    Args:
+      batches: of the pipeline.
+      running: arrays that the device computes meanwhile; None is nothing.
+    """
     start = time.perf_counter()
     batch = next(batches)
-    self._waited += time.perf_counter() - start
+    if all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
+      self._waited += time.perf_counter() - start
     return batch
 
   def add(self, metrics: dict[str, Any]) -> None:
@@ -58,8 +65,8 @@ class Meter:
   def read(self) -> dict[str, float | None]:
     """Rates since the last reading; empty if no step was counted.
 
-    `input_wait` is the share of time in which the loop had no batch yet. The
-    device may have been busy with the step before.
+    `input_wait` is the share of time in which there was no batch yet, counting
+    what the device had no work left for at its end.
     """
     seconds = time.perf_counter() - self._start
     steps, tokens, waited = self._steps, self._tokens, self._waited

@@ -52,7 +52,13 @@ def test_rates_and_waiting(clock):
   assert rates['steps_per_second'] == pytest.approx(0.5)
   assert rates['input_wait'] == pytest.approx(0.25)
 
-  # Each reading starts anew.
+  # Each reading starts anew. The device need not have run out of work.
+  for is_idle in (False, True):
+    running = SimpleNamespace(is_ready=lambda is_idle=is_idle: is_idle)
+    meter.take(source, {'loss': running})
+    clock.pass_(0.5)
+    meter.add({'encoder_tokens': 12, 'decoder_tokens': 6})
+    assert meter.read()['input_wait'] == (0.5 if is_idle else 0)
   clock.pass_(1)
   meter.add({'encoder_tokens': 12, 'decoder_tokens': 6})
   assert meter.read()['input_wait'] == 0
