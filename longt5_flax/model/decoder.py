@@ -37,7 +37,7 @@ class DecoderContext(NamedTuple):
     self_mask: which targets a target may see.
     cross_mask: which inputs a target may see: those of its segment.
     segment_ids: of the targets, 0 is padding; None step by step.
-    encoder_segment_ids: of the inputs, 0 is padding; None step by step.
+    encoder_segment_ids: of the inputs, 0 is padding; step by step 1 is not.
     start: with a cache, the position of the first of the new tokens.
   """
   encoded: Any
@@ -74,12 +74,7 @@ class DecoderAttention(Projections):
       deterministic: bool) -> Float[Array, 'B T D']:
     """Attends to the encoder's output, for all targets at once."""
     key, value = self.project_key_value(context.encoded, deterministic)
-    choice = choose_attention(self.attention, self.config, key.shape[1])
-    if choice.cross != 'fused':
-      return self._attend(x, key, value, None, context.cross_mask)
-    return self.project_out(segment_attention(
-        self.project_query(x), key, value, context.segment_ids,
-        context.encoder_segment_ids, self.dtype))
+    return self._attend_across(x, key, value, context.segment_ids, context)
 
   def store_encoded(self, source: Float[Array, 'B S D']) -> None:
     """Stores the keys and values of the encoder's output."""
@@ -111,7 +106,7 @@ class DecoderAttention(Projections):
     return self._attend(folded, key, value, bias, mask).reshape(x.shape)
 
   def attend_to_inputs(
-      self, x: Float[Array, 'rows T D'], mask: Bool[Array, 'B 1 1 L']
+      self, x: Float[Array, 'rows T D'], context: DecoderContext
   ) -> Float[Array, 'rows T D']:
     """Attends to the encoder's output, rows / B rows to each input.
 
@@ -120,7 +115,9 @@ class DecoderAttention(Projections):
     """
     key, value = self._stored('encoded')
     folded = x.reshape(key.shape[0], -1, x.shape[-1])
-    return self._attend(folded, key, value, None, mask).reshape(x.shape)
+    segment_ids = jnp.ones(folded.shape[:2], jnp.int32)
+    return self._attend_across(
+        folded, key, value, segment_ids, context).reshape(x.shape)
 
   def _stored(self, collection: str) -> tuple[Array, Array]:
     return (self.get_variable(collection, 'key'),
@@ -129,6 +126,14 @@ class DecoderAttention(Projections):
   def _store(self, collection, key, value):
     self.put_variable(collection, 'key', key)
     self.put_variable(collection, 'value', value)
+
+  def _attend_across(self, x, key, value, segment_ids, context):
+    choice = choose_attention(self.attention, self.config, key.shape[1])
+    if choice.cross != 'fused':
+      return self._attend(x, key, value, None, context.cross_mask)
+    return self.project_out(segment_attention(
+        self.project_query(x), key, value, segment_ids,
+        context.encoder_segment_ids, self.dtype))
 
   def _attend(self, x, key, value, bias, mask):
     output, weights = full_attention(
@@ -185,8 +190,7 @@ class DecoderLayer(nn.Module):
     x = x + self.self_attention.attend_to_targets(
         y, context.bias, context.self_mask, context.start)
     y = self.pre_cross_attention_layer_norm(x)
-    x = x + self.encoder_decoder_attention.attend_to_inputs(
-        y, context.cross_mask)
+    x = x + self.encoder_decoder_attention.attend_to_inputs(y, context)
     return self._add_mlp(x, True)
 
   def _add_mlp(self, x, deterministic):
@@ -290,7 +294,8 @@ class Decoder(nn.Module):
           bias, self_mask, start, cache['key'].shape[-3])
     context = DecoderContext(
         None, bias[None], self_mask,
-        (encoder_segment_ids > 0)[:, None, None], None, None, start)
+        (encoder_segment_ids > 0)[:, None, None], None,
+        (encoder_segment_ids > 0).astype(jnp.int32), start)
     self.put_variable('cache', 'length', start + embedded.shape[1])
     x = self.decoder_norm(run_layers(
         self.layers, DecoderLayer.step, self.num_layers,

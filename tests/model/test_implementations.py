@@ -12,7 +12,7 @@ import pytest
 import golden
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 from longt5_flax.config import ConfigError
-from longt5_flax.model import decoder, encoder
+from longt5_flax.model import decoder, decoding, encoder
 from longt5_flax.model import segment_attention as model_segment_attention
 from longt5_flax.model.attention import (
     GlobalTokens,
@@ -308,6 +308,27 @@ def test_in_the_model(monkeypatch):
   expected = gradient(params, 'reference')
   for attention in ('chunked', 'fused'):
     golden.assert_trees_close(gradient(params, attention), expected)
+
+
+def test_in_decoding(monkeypatch):
+  """Steps of three rows an input, one of them padded."""
+  monkeypatch.setattr(decoder, 'segment_attention', functools.partial(
+      segment_attention, options=KernelOptions(16, interpret=True)))
+  config = LongT5Config.preset('local-tiny', num_layers=1, vocab_size=50)
+  segment_ids = segments(LAYOUTS['padded'][:2], 100)
+  encoded = jax.random.normal(jax.random.key(0), (2, 100, config.d_model))
+  targets = jax.random.randint(jax.random.key(1), (6, 2), 2, 50)
+  models = [LongT5ForConditionalGeneration(config, attention=attention)
+            for attention in ('reference', 'fused')]
+  params = golden.random_params(models[0], segment_ids, targets[:2])
+
+  @functools.partial(golden.jit, static_argnums=0)
+  def logits(model, params):
+    cache = decoding.start(model, params, encoded, segment_ids, 2, 3)
+    _, cache = decoding.step(model, params, cache, targets[:, :1])
+    return decoding.step(model, params, cache, targets[:, 1:])[0]
+
+  golden.assert_close(logits(models[1], params), logits(models[0], params))
 
 
 def real_size(length=4096, rows=((4096,), (1500, 3, 1000, 700))):
