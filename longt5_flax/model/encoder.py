@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +23,7 @@ from longt5_flax.model.global_tokens import (
     segment_positions,
     sum_blocks,
 )
+from longt5_flax.model.kernels.calls import ATTENDED
 from longt5_flax.model.layers import (
     MLP,
     Projections,
@@ -93,7 +95,8 @@ class EncoderAttention(Projections):
       return None
     # Made even where the row is too short to have any, so that the parameters
     # do not depend on the length.
-    sums = sum_blocks(x, context.blocks, self.config.global_block_size)
+    sums = checkpoint_name(
+        sum_blocks(x, context.blocks, self.config.global_block_size), ATTENDED)
     key, value = self.project_key_value(
         self.T5LayerNorm_0(sums), deterministic)
     if key.shape[1] == 0:

@@ -10,15 +10,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import LongT5Config
-from longt5_flax.model.kernels.calls import ATTENDED
+from longt5_flax.model.kernels.calls import ATTENDED, LAYOUT
 from longt5_flax.model.precision import activation_dtype, contract
 from longt5_flax.model.relative_position import offset_bias
 
-REMAT_POLICIES = ('none', 'dots', 'layer')
+REMAT_POLICIES = ('none', 'dots', 'layer', 'offload')
+_LAYER_INPUT = 'layer_input'
 
 
 def fan_in_init(scale: float = 1.0) -> Callable[..., Array]:
@@ -207,20 +209,17 @@ def run_layers(
     carry: what goes from layer to layer.
     context: what all layers see.
     remat: what the backward pass finds in memory: 'none' recomputes nothing,
-      'dots' keeps the results of projections and of attention's kernels,
-      'layer' keeps only what goes from layer to layer.
+      'dots' keeps the results of projections and of attention, 'layer' keeps
+      only what goes from layer to layer, 'offload' that in the host's memory.
     unroll: so many stacked layers make one turn of the loop over them; 0: all,
       and there is no loop.
   """
   scan = not isinstance(layers, (list, tuple))
   if remat != 'none':
-    policies = jax.checkpoint_policies
-    policy = None if remat == 'layer' else policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(ATTENDED))
     # In a loop, what is recomputed is in another body than what it repeats.
     loop = scan and 0 < unroll < num_layers
-    call = nn.remat(call, policy=policy, prevent_cse=not loop)
+    call = nn.remat(_name_input(call), policy=_remat_policy(remat),
+                    prevent_cse=not loop)
   if not scan:
     for layer in layers:
       carry = call(layer, carry, context)
@@ -232,3 +231,24 @@ def run_layers(
       split_rngs={'params': True, 'dropout': True},
       in_axes=nn.broadcast, length=num_layers, unroll=unroll or num_layers)
   return scanned(layers, carry, context)[0]
+
+
+def _name_input(call):
+  return lambda layer, carry, context: call(
+      layer, checkpoint_name(carry, _LAYER_INPUT), context)
+
+
+def _remat_policy(remat):
+  """What the backward pass of a layer finds in memory besides its inputs; of
+  'offload', in place of its input."""
+  policies = jax.checkpoint_policies
+  if remat == 'offload':
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[LAYOUT],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src='device', offload_dst='pinned_host')
+  if remat == 'layer':
+    return policies.save_only_these_names(LAYOUT)
+  return policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable,
+      policies.save_only_these_names(ATTENDED, LAYOUT))
