@@ -32,6 +32,7 @@ from longt5_flax.model.layers import (
     layer_dropout,
     make_layers,
     run_layers,
+    zero_unless,
 )
 from longt5_flax.model.relative_position import bucket_reach, toeplitz
 
@@ -122,12 +123,12 @@ class EncoderLayer(nn.Module):
                     name='pre_attention_layer_norm')(x)
     # Padding is zeroed before attention and MLP, as in the original.
     y = EncoderAttention(config, self.dtype, self.attention, name='attention')(
-        jnp.where(real, y, 0), context, deterministic)
+        zero_unless(real, y), context, deterministic)
     x = x + layer_dropout(config.dropout_rate)(y, deterministic)
     y = T5LayerNorm(config.layer_norm_epsilon, self.dtype,
                     name='pre_mlp_layer_norm')(x)
     y = MLP(config, self.dtype, name='mlp')(
-        jnp.where(real, y, 0), deterministic)
+        zero_unless(real, y), deterministic)
     x = x + layer_dropout(config.dropout_rate)(y, deterministic)
     return nn.with_logical_constraint(x, ('batch', 'length', 'activation'))
 

@@ -5,6 +5,7 @@ Parameter names are those of the released T5X checkpoints.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,15 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.kernels.calls import ATTENDED, LAYOUT
 from longt5_flax.model.precision import activation_dtype, contract
 from longt5_flax.model.relative_position import offset_bias
 
+# Values that can be recomputed for less than it costs to keep them in a loop
+# over layers. Without one the compiler shares or recomputes as it sees fit.
+_cheap = partial(jax.checkpoint, prevent_cse=False)
+
 REMAT_POLICIES = ('none', 'dots', 'layer', 'offload')
 _LAYER_INPUT = 'layer_input'
+_NORM = 'norm'
 
 
 def fan_in_init(scale: float = 1.0) -> Callable[..., Array]:
@@ -60,25 +66,57 @@ class T5LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
     scale = self.param(
         'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32)
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(mean_square + self.epsilon) * scale
-    return x.astype(activation_dtype(self.dtype))
+    return _scale_by_norm(self.epsilon, x, scale).astype(
+        activation_dtype(self.dtype))
 
 
-def layer_dropout(rate: float) -> nn.Dropout:
+@partial(_cheap, static_argnums=0,
+         policy=jax.checkpoint_policies.save_only_these_names(_NORM))
+def _scale_by_norm(epsilon, x, scale):
+  """Keeps x and its inverse norm."""
+  x = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  inverse = checkpoint_name(jax.lax.rsqrt(mean_square + epsilon), _NORM)
+  return x * inverse * scale
+
+
+@_cheap
+def zero_unless(mask: Bool[Array, '...'], x: Float[Array, '...']) -> Array:
+  """Keeps the mask as it is, not as large as x."""
+  return jnp.where(mask, x, 0)
+
+
+class Dropout(nn.Module):
+  """nn.Dropout that keeps a mask of 1 along `broadcast_dims`."""
+  rate: float
+  broadcast_dims: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...'], deterministic: bool) -> Array:
+    if deterministic or self.rate == 0:
+      return x
+    if self.rate == 1:
+      return jnp.zeros_like(x)
+    keep = 1.0 - self.rate
+    shape = [1 if axis in self.broadcast_dims else size
+             for axis, size in enumerate(x.shape)]
+    mask = jax.random.bernoulli(self.make_rng('dropout'), keep, shape)
+    return zero_unless(mask, x / keep)
+
+
+def layer_dropout(rate: float) -> Dropout:
   """T5's dropout: one mask for all positions (axis 1) of a row."""
-  return nn.Dropout(rate, broadcast_dims=(1,))
+  return Dropout(rate, broadcast_dims=(1,))
 
 
-def attention_dropout(rate: float) -> nn.Dropout:
+def attention_dropout(rate: float) -> Dropout:
   """T5's dropout of attention weights, one mask for all queries.
 
   A mask [B, H, 1, keys] on the weights equals [B, keys, H, 1] on the values
   [B, keys, H, K], which is where it is applied: no implementation of attention
   needs to know.
   """
-  return nn.Dropout(rate, broadcast_dims=(3,))
+  return Dropout(rate, broadcast_dims=(3,))
 
 
 class MLP(nn.Module):
