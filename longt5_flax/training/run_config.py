@@ -153,8 +153,8 @@ def offload_note(config: Any, platform: str) -> str:
   """What a run is told of `precision.remat='offload'` where it changes nothing;
   else empty."""
   if config.precision.remat == 'offload' and platform == 'cpu':
-    return ("precision.remat='offload': a CPU's memory is the host's, so inputs "
-            "of layers stay where they are, as with 'layer'")
+    return ("precision.remat='offload': a CPU's memory is the host's, so "
+            "inputs of layers stay where they are, as with 'layer'")
   return ''
 
 
