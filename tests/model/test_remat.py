@@ -20,9 +20,9 @@ TOKENS = jnp.full((2, LENGTH), 5)
 PRODUCTS = LAYERS * (9 + 11)
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-  options = KernelOptions(16, interpret=True)
+@pytest.fixture(params=['gpu', 'tpu'])
+def kernels(monkeypatch, request):
+  options = KernelOptions(16, interpret=True, platform=request.param)
   for module, attend in ((encoder, fused_attention),
                          (decoder, segment_attention)):
     monkeypatch.setattr(module, attend.__name__, functools.partial(
@@ -115,6 +115,7 @@ def test_kernels_run_again(kernels, on_a_mesh):
   assert calls('offload') == again
 
 
+@pytest.mark.parametrize('kernels', ['gpu'], indirect=True)
 def test_products_run_again(kernels):
   none, dots, layer = (
       products_with_parameters(gradient_program(remat))
@@ -148,6 +149,7 @@ def test_offload_keeps_inputs_of_layers_in_the_hosts_memory(scan_layers):
       [(2, LENGTH, 16)] * each + [(2, 16, 16)] * each)
 
 
+@pytest.mark.parametrize('kernels', ['gpu'], indirect=True)
 def test_waits_no_larger_than_it_must(kernels):
   """In a loop, of arrays as large as a layer's input: what is added to twice,
   what attention and MLP get, and what `out` gets; no mask and no product of a
