@@ -72,8 +72,8 @@ def main(config, workdir):
   run_config.check_paths(config)
   mesh = partitioning.make_mesh(dict(config.mesh), jax.devices())
   run_config.check_batch(config, partitioning.rows_divisor(mesh))
-  attention = run_config.attention_choice(
-      config, mesh.devices.flat[0].platform)
+  platform = mesh.devices.flat[0].platform
+  attention = run_config.attention_choice(config, platform)
   batch_size = config.data.batch_size
   rows = partitioning.local_rows(mesh, batch_size)
 
@@ -113,6 +113,8 @@ def main(config, workdir):
       f'{corpus}, {jax.device_count()} x '
       f'{jax.devices()[0].device_kind}; {workdir}, from step {first_step}')
   report.say(str(attention))
+  if offload_note := run_config.offload_note(config, platform):
+    report.say(offload_note)
   for note in notes:
     report.say(f'init_from: {note}')
 

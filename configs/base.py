@@ -189,8 +189,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.precision = ml_collections.ConfigDict()
   config.precision.dtype = 'bfloat16'  # float32, bfloat16, float16
-  # What the backward pass recomputes: none, dots (all but matrix products),
-  # layer (all inside a layer).
+  # What the backward pass recomputes: none, dots (all but matrix products and
+  # attention), layer (all inside a layer), offload (that too, and the inputs of
+  # layers wait in the host's memory; give scan_unroll=1, without a loop TPUs
+  # keep most of them).
   config.precision.remat = 'none'
   # One array of all layers in place of one a layer.
   config.precision.scan_layers = True

@@ -510,6 +510,15 @@ MUTANTS = [
            'longt5_flax/model/layers.py',
            'tokens, axis=0).astype(jnp.float32)', 'tokens, axis=0)',
            'tests/api/test_models.py::test_narrow_dtypes'),
+    Mutant('dots recomputes attention', 'longt5_flax/model/layers.py',
+           'save_only_these_names(ATTENDED, LAYOUT)',
+           'save_only_these_names(LAYOUT)',
+           'tests/model/test_remat.py::test_kernels_run_again'),
+    Mutant('offload leaves inputs of layers on the device',
+           'longt5_flax/model/layers.py',
+           'checkpoint_name(carry, _LAYER_INPUT)', 'carry',
+           'tests/model/test_remat.py'
+           '::test_offload_keeps_inputs_of_layers_in_the_hosts_memory'),
     Mutant('random head where one is missing', 'longt5_flax/api/base.py',
            'tensors, model._wanted(tensors.shapes, allow_missing), '
            'allow_missing,',

@@ -141,7 +141,8 @@ def one_of(*names):
     ({'precision.dtype': 'int8'}, "precision.dtype='int8' "
      + one_of('float32', 'bfloat16', 'float16') + '.'),
     ({'precision.remat': 'all'},
-     "precision.remat='all' " + one_of('none', 'dots', 'layer') + '.'),
+     "precision.remat='all' "
+     + one_of('none', 'dots', 'layer', 'offload') + '.'),
     ({'loss.normalization': 'mean'},
      "loss.normalization='mean' " + one_of('tokens', 'sum') + '.'),
     ({'gap_sentences.strategy': 'best'},

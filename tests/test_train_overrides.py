@@ -167,8 +167,9 @@ def test_mesh_batch_and_precision(run, monkeypatch):
       'longt5_flax.training.train_step.batch_loss', recorded)
   other = run(devices=2, mesh__fsdp=2, data__batch_size=16,
               optimizer__microbatches=2, precision__dtype='bfloat16',
-              precision__remat='layer')
-  assert traced == {(8, 'layer', 'bfloat16')}
+              precision__remat='offload')
+  assert traced == {(8, 'offload', 'bfloat16')}
+  assert "as with 'layer'" in other.printed
   assert [batch['encoder_input_tokens'].shape
           for batch in other.batches] == [(16, 64)] * 3
   assert other.column('decoder_tokens') == [

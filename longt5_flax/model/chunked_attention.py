@@ -6,6 +6,7 @@ linear in the length also with global tokens, whose scores grow as L^2 / 16.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +17,7 @@ from longt5_flax.model.attention import (
     to_blocks,
     window_bias,
 )
+from longt5_flax.model.kernels.calls import ATTENDED
 from longt5_flax.model.side_bias import side_bias
 
 # Scores of a chunk: 256 MB in float32, several times that with temporaries.
@@ -72,8 +74,8 @@ def chunked_attention(
         join_neighbours(segment_ids), window, side, bias, dtype)[0]
 
   block_ids = (jnp.zeros_like(segment_ids) if side is None else side.block_ids)
-  output = jax.lax.map(attend, (
+  output = checkpoint_name(jax.lax.map(attend, (
       split(query), split_windows(key), split_windows(value),
-      split_windows(segment_ids), split(block_ids, -1)))
+      split_windows(segment_ids), split(block_ids, -1))), ATTENDED)
   output = jnp.moveaxis(output, 0, 1).reshape(batch, -1, *query.shape[2:])
   return output[:, :length]

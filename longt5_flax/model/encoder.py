@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +23,7 @@ from longt5_flax.model.global_tokens import (
     segment_positions,
     sum_blocks,
 )
+from longt5_flax.model.kernels.calls import ATTENDED
 from longt5_flax.model.layers import (
     MLP,
     Projections,
@@ -30,6 +32,7 @@ from longt5_flax.model.layers import (
     layer_dropout,
     make_layers,
     run_layers,
+    zero_unless,
 )
 from longt5_flax.model.relative_position import bucket_reach, toeplitz
 
@@ -93,7 +96,8 @@ class EncoderAttention(Projections):
       return None
     # Made even where the row is too short to have any, so that the parameters
     # do not depend on the length.
-    sums = sum_blocks(x, context.blocks, self.config.global_block_size)
+    sums = checkpoint_name(
+        sum_blocks(x, context.blocks, self.config.global_block_size), ATTENDED)
     key, value = self.project_key_value(
         self.T5LayerNorm_0(sums), deterministic)
     if key.shape[1] == 0:
@@ -119,12 +123,12 @@ class EncoderLayer(nn.Module):
                     name='pre_attention_layer_norm')(x)
     # Padding is zeroed before attention and MLP, as in the original.
     y = EncoderAttention(config, self.dtype, self.attention, name='attention')(
-        jnp.where(real, y, 0), context, deterministic)
+        zero_unless(real, y), context, deterministic)
     x = x + layer_dropout(config.dropout_rate)(y, deterministic)
     y = T5LayerNorm(config.layer_norm_epsilon, self.dtype,
                     name='pre_mlp_layer_norm')(x)
     y = MLP(config, self.dtype, name='mlp')(
-        jnp.where(real, y, 0), deterministic)
+        zero_unless(real, y), deterministic)
     x = x + layer_dropout(config.dropout_rate)(y, deterministic)
     return nn.with_logical_constraint(x, ('batch', 'length', 'activation'))
 

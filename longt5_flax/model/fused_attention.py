@@ -26,6 +26,7 @@ from longt5_flax.model.attention import GlobalTokens
 from longt5_flax.model.kernels import fused_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
     ATTENDED,
+    LAYOUT,
     ON_A_GPU,
     KernelOptions,
     all_see,
@@ -103,7 +104,8 @@ def _attend(tokens, tables, ids, block_size, dtype, options):
   geometry = Geometry(
       tiling, -(-(tables[0].shape[1] // 2) // tiling.tile), rows, near)
   if block_size:
-    layout = _layout(geometry, reach, segment_ids, *ids[1:])
+    layout = checkpoint_name(
+        _layout(geometry, reach, segment_ids, *ids[1:]), LAYOUT)
     side = *(prepare(x) for x in tokens[3:]), tables[1]
   output = _fused(
       geometry, *(prepare(x, multiple=multiple) for x in tokens[:3]), tables[0],

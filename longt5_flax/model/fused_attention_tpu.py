@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longt5_flax.config import ConfigError
 from longt5_flax.model.kernels import fused_attention_tpu as kernels
 from longt5_flax.model.kernels.calls import (
+    ATTENDED,
+    LAYOUT,
     KernelOptions,
     blocks_of_tiles,
     covering_run,
@@ -143,7 +146,8 @@ def _layout(geometry, segment_ids, side_segments, block_ids):
   rows = jnp.where(own >= 0, own - firsts[..., None], -1)
 
   spans = spans_of(geometry, segment_ids, side_segments, firsts)
-  return _Layout(side_segments, rows.reshape(batch, -1), spans)
+  return checkpoint_name(
+      _Layout(side_segments, rows.reshape(batch, -1), spans), LAYOUT)
 
 
 def spans_of(geometry: Geometry, segment_ids: Int[Array, 'B L'],
@@ -168,9 +172,9 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
   tokens = Tokens(
       query, key, value, segment_ids[:, None],
       _banded(geometry, bias, _of_queries))
-  output, lse = kernels.forward(
+  output, lse = checkpoint_name(kernels.forward(
       geometry, layout and layout.spans, tokens,
-      _globals(geometry, layout, side))
+      _globals(geometry, layout, side)), ATTENDED)
   return output, (tokens, bias, layout, side, output, lse)
 
 

@@ -5,20 +5,28 @@ Parameter names are those of the released T5X checkpoints.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import LongT5Config
-from longt5_flax.model.kernels.calls import ATTENDED
+from longt5_flax.model.kernels.calls import ATTENDED, LAYOUT
 from longt5_flax.model.precision import activation_dtype, contract
 from longt5_flax.model.relative_position import offset_bias
 
-REMAT_POLICIES = ('none', 'dots', 'layer')
+# Values that can be recomputed for less than it costs to keep them in a loop
+# over layers. Without one the compiler shares or recomputes as it sees fit.
+_cheap = partial(jax.checkpoint, prevent_cse=False)
+
+REMAT_POLICIES = ('none', 'dots', 'layer', 'offload')
+_LAYER_INPUT = 'layer_input'
+_NORM = 'norm'
 
 
 def fan_in_init(scale: float = 1.0) -> Callable[..., Array]:
@@ -58,25 +66,57 @@ class T5LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
     scale = self.param(
         'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32)
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(mean_square + self.epsilon) * scale
-    return x.astype(activation_dtype(self.dtype))
+    return _scale_by_norm(self.epsilon, x, scale).astype(
+        activation_dtype(self.dtype))
 
 
-def layer_dropout(rate: float) -> nn.Dropout:
+@partial(_cheap, static_argnums=0,
+         policy=jax.checkpoint_policies.save_only_these_names(_NORM))
+def _scale_by_norm(epsilon, x, scale):
+  """Keeps x and its inverse norm."""
+  x = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  inverse = checkpoint_name(jax.lax.rsqrt(mean_square + epsilon), _NORM)
+  return x * inverse * scale
+
+
+@_cheap
+def zero_unless(mask: Bool[Array, '...'], x: Float[Array, '...']) -> Array:
+  """Keeps the mask as it is, not as large as x."""
+  return jnp.where(mask, x, 0)
+
+
+class Dropout(nn.Module):
+  """nn.Dropout that keeps a mask of 1 along `broadcast_dims`."""
+  rate: float
+  broadcast_dims: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...'], deterministic: bool) -> Array:
+    if deterministic or self.rate == 0:
+      return x
+    if self.rate == 1:
+      return jnp.zeros_like(x)
+    keep = 1.0 - self.rate
+    shape = [1 if axis in self.broadcast_dims else size
+             for axis, size in enumerate(x.shape)]
+    mask = jax.random.bernoulli(self.make_rng('dropout'), keep, shape)
+    return zero_unless(mask, x / keep)
+
+
+def layer_dropout(rate: float) -> Dropout:
   """T5's dropout: one mask for all positions (axis 1) of a row."""
-  return nn.Dropout(rate, broadcast_dims=(1,))
+  return Dropout(rate, broadcast_dims=(1,))
 
 
-def attention_dropout(rate: float) -> nn.Dropout:
+def attention_dropout(rate: float) -> Dropout:
   """T5's dropout of attention weights, one mask for all queries.
 
   A mask [B, H, 1, keys] on the weights equals [B, keys, H, 1] on the values
   [B, keys, H, K], which is where it is applied: no implementation of attention
   needs to know.
   """
-  return nn.Dropout(rate, broadcast_dims=(3,))
+  return Dropout(rate, broadcast_dims=(3,))
 
 
 class MLP(nn.Module):
@@ -207,20 +247,17 @@ def run_layers(
     carry: what goes from layer to layer.
     context: what all layers see.
     remat: what the backward pass finds in memory: 'none' recomputes nothing,
-      'dots' keeps the results of projections and of attention's kernels,
-      'layer' keeps only what goes from layer to layer.
+      'dots' keeps the results of projections and of attention, 'layer' keeps
+      only what goes from layer to layer, 'offload' that in the host's memory.
     unroll: so many stacked layers make one turn of the loop over them; 0: all,
       and there is no loop.
   """
   scan = not isinstance(layers, (list, tuple))
   if remat != 'none':
-    policies = jax.checkpoint_policies
-    policy = None if remat == 'layer' else policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(ATTENDED))
     # In a loop, what is recomputed is in another body than what it repeats.
     loop = scan and 0 < unroll < num_layers
-    call = nn.remat(call, policy=policy, prevent_cse=not loop)
+    call = nn.remat(_name_input(call), policy=_remat_policy(remat),
+                    prevent_cse=not loop)
   if not scan:
     for layer in layers:
       carry = call(layer, carry, context)
@@ -232,3 +269,24 @@ def run_layers(
       split_rngs={'params': True, 'dropout': True},
       in_axes=nn.broadcast, length=num_layers, unroll=unroll or num_layers)
   return scanned(layers, carry, context)[0]
+
+
+def _name_input(call):
+  return lambda layer, carry, context: call(
+      layer, checkpoint_name(carry, _LAYER_INPUT), context)
+
+
+def _remat_policy(remat):
+  """What the backward pass of a layer finds in memory besides its inputs; of
+  'offload', in place of its input."""
+  policies = jax.checkpoint_policies
+  if remat == 'offload':
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[LAYOUT],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src='device', offload_dst='pinned_host')
+  if remat == 'layer':
+    return policies.save_only_these_names(LAYOUT)
+  return policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable,
+      policies.save_only_these_names(ATTENDED, LAYOUT))

@@ -33,7 +33,8 @@ class _LongT5(nn.Module):
     dtype: of the matrix products; parameters are float32.
     scan_layers: whether layers are stacked in one `layers` subtree.
     remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
-      products) or 'layer' (all inside a layer).
+      products and attention), 'layer' (all inside a layer) or 'offload' (that
+      too, and layers' inputs wait in the host's memory).
     attention: the implementation of attention to the inputs; see
       `choose_attention`. Only 'reference' has weights to give.
     scan_unroll: so many stacked layers make one turn of the loop over them; 0:

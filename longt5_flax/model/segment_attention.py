@@ -14,6 +14,7 @@ from longt5_flax.model import segment_attention_tpu
 from longt5_flax.model.kernels import segment_attention_triton as kernels
 from longt5_flax.model.kernels.calls import (
     ATTENDED,
+    LAYOUT,
     ON_A_GPU,
     KernelOptions,
     all_see,
@@ -85,7 +86,8 @@ def _segment_attention(tiling, query, key, value, query_segments, segment_ids):
 
 def _forward(tiling, query, key, value, query_segments, segment_ids):
   arrays = kernels.Arrays(query, query_segments, key, value, segment_ids)
-  spans = _spans(tiling, query_segments, segment_ids)
+  spans = checkpoint_name(
+      _spans(tiling, query_segments, segment_ids), LAYOUT)
   outputs, lses = kernels.forward(
       tiling, arrays, spans[0], _parts(tiling, query))
   lse, shares = _join(lses)

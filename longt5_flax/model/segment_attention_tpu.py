@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -18,7 +19,11 @@ from longt5_flax.model.fused_attention_tpu import (
     to_operands,
 )
 from longt5_flax.model.kernels import fused_attention_tpu as kernels
-from longt5_flax.model.kernels.calls import KernelOptions
+from longt5_flax.model.kernels.calls import (
+    ATTENDED,
+    LAYOUT,
+    KernelOptions,
+)
 from longt5_flax.model.kernels.fused_attention_tpu import (
     ALIGNMENT,
     Geometry,
@@ -70,10 +75,12 @@ def _forward(geometry, query, key, value, query_segments, segment_ids):
   batch, length = query_segments.shape
   no_blocks = jnp.zeros((batch, length // geometry.tile), jnp.int32)
   arrays = (
-      spans_of(geometry, query_segments, segment_ids, no_blocks),
+      checkpoint_name(spans_of(
+          geometry, query_segments, segment_ids, no_blocks), LAYOUT),
       Tokens(query, None, None, query_segments[:, None], None),
       Globals(key, value, segment_ids[:, None], None, None, None))
-  output, lse = kernels.forward(geometry, *arrays)
+  output, lse = checkpoint_name(
+      kernels.forward(geometry, *arrays), ATTENDED)
   return output, (arrays, output, lse)
 
 

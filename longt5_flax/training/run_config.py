@@ -149,6 +149,15 @@ def attention_choice(config: Any, platform: str) -> AttentionChoice:
   return choose_attention(asked, model, config.data.inputs_length, platform)
 
 
+def offload_note(config: Any, platform: str) -> str:
+  """What a run is told of `precision.remat='offload'` where it changes nothing;
+  else empty."""
+  if config.precision.remat == 'offload' and platform == 'cpu':
+    return ("precision.remat='offload': a CPU's memory is the host's, so "
+            "inputs of layers stay where they are, as with 'layer'")
+  return ''
+
+
 def check_vocabulary(
     vocabulary: Any, model: LongT5Config, name: str = 'data.vocabulary',
     remedy: str = 'raise that, or lower data.extra_ids.') -> None:

@@ -143,7 +143,7 @@ def test_by_default_pads_are_no_segment():
 # Stacked layers and rematerialisation.
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'layer'])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'layer', 'offload'])
 @pytest.mark.parametrize('unroll', [0, 1])
 def test_stacked_layers_compute_the_same(unroll, remat):
   """In a loop, and without one."""

@@ -17,9 +17,11 @@ from longt5_flax.model.kernels.triton_tiles import Tiling
 # Compute capabilities of GPUs with more than 160 KB of it: A100, H100, B200.
 _LARGE_SHARED_MEMORY = ('8.0', '9.0', '10.0')
 
-
-# The name of what kernels computed, for policies of rematerialisation.
+# Names for policies of rematerialisation: what attention computes besides
+# products with parameters, and what it finds out about segments, which is
+# small and the same in all layers.
 ATTENDED = 'attended'
+LAYOUT = 'layout'
 
 
 class KernelOptions(NamedTuple):
