@@ -24,7 +24,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.processes import Line, environment, run_alone, show_on
+from benchmarks.processes import (
+    Line,
+    add_peer_options,
+    environment,
+    run_alone,
+    run_peer_alone,
+    show_on,
+)
 from benchmarks.timing import Limits, compare, named, time_calls
 from benchmarks.train_step import parse_case, whole_memory
 from longt5_flax.config import ConfigError
@@ -154,10 +161,9 @@ def run_case(arguments: argparse.Namespace, case: str) -> Iterator[Line]:
     key = 'forward_backward_ms'
     best = min((each for each in ours if 'error' not in each),
                key=lambda each: each[key], default=None)
-    peer = run_alone('benchmarks.peers:attention', asked | {
+    peer = run_peer_alone('benchmarks.peers:attention', asked | {
         'heads': HEADS, 'head_size': HEAD_SIZE, 'radius': RADIUS,
-        'block_size': BLOCK_SIZE, 'reach': REACH}, arguments.case_timeout,
-                     arguments.peer_python)
+        'block_size': BLOCK_SIZE, 'reach': REACH}, arguments)
     yield compare(
         line | {'implementation': 'torch FlexAttention'} | peer, best, key)
 
@@ -174,8 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--dtype', default='bfloat16', choices=DTYPES)
   add('--seconds', type=float, default=1.0, help='of each measurement')
   add('--peer', action='store_true')
-  add('--peer_python', default=sys.executable,
-      help='an interpreter with torch and transformers')
+  add_peer_options(parser)
   add('--case_timeout', type=float, default=300.0,
       help='seconds that a measurement may take, compilation included')
   add('--out', metavar='FILE', help='add the lines to it, too')

@@ -31,7 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import step_profile
-from benchmarks.processes import Line, environment, run_alone, show_on
+from benchmarks.processes import (
+    Line,
+    add_peer_options,
+    environment,
+    run_alone,
+    run_peer_alone,
+    show_on,
+)
 from benchmarks.timing import MEMORY_RATE, Limits, compare, spread, time_calls
 from benchmarks.train_step import whole_memory
 from longt5_flax import FlaxLongT5ForConditionalGeneration, LongT5Config
@@ -174,11 +181,11 @@ def run_case(arguments: argparse.Namespace, case: Case) -> Iterator[Line]:
       arguments.case_timeout, environment=whole_memory())
   yield ours
   if arguments.peer:
-    peer = line | {'implementation': 'transformers eager'} | run_alone(
+    peer = line | {'implementation': 'transformers eager'} | run_peer_alone(
         'benchmarks.peers:generate',
         {'config': LongT5Config.preset(arguments.preset).to_dict(),
          **case._asdict(), 'new_tokens': arguments.new_tokens,
-         'limits': limits}, arguments.case_timeout, arguments.peer_python)
+         'limits': limits}, arguments)
     if 'median_ms' in peer:
       peer['tokens_per_second'] = round(
           1000 * case.rows * arguments.new_tokens / peer['median_ms'], 1)
@@ -195,8 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--attention', default='fused', help='of the encoder')
   add('--new_tokens', type=int, default=256)
   add('--peer', action='store_true')
-  add('--peer_python', default=sys.executable,
-      help='an interpreter with torch and transformers')
+  add_peer_options(parser)
   add('--profile', metavar='FOLDER', help='where decoding goes, no times')
   add('--steps', type=int, default=3, help='calls to measure, at least')
   add('--seconds', type=float, default=2.0, help='at least')

@@ -1,4 +1,4 @@
-"""PyTorch on the same shapes; called by `run_alone`.
+"""PyTorch on the same shapes; called by `run_peer_alone`.
 
 A whole model is Hugging Face's LongT5: bfloat16 throughout, attention `eager`
 (it has no other), AdamW, fused, unless Adafactor is asked for. One layer's

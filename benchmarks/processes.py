@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,11 +29,10 @@ ROOT = Path(__file__).parent.parent
 _OUT_OF_MEMORY = ('RESOURCE_EXHAUSTED', 'OutOfMemoryError', 'out of memory',
                   'Out of memory')
 _EXCEPTION = re.compile(r'[\w.]+(Error|Exception|Unsupported): ')
-_STDERR_SHOWN = 2000
+_STDERR_SHOWN = 4000  # Characters.
 
 
 def run_alone(function: str, arguments: Line, timeout: float,
-              python: str = sys.executable,
               environment: dict[str, str] | None = None) -> Line:
   """Calls a function in a process of its own and joins what it yields.
 
@@ -40,18 +40,58 @@ def run_alone(function: str, arguments: Line, timeout: float,
     function: 'module:name' of a generator of lines.
     arguments: its keywords, as JSON has them.
     timeout: seconds until the process is killed.
-    python: the interpreter.
     environment: variables to set in the process.
 
   Returns:
     One line of everything that was yielded; of a process that failed, what it
-    had yielded until then, and `error`.
+    had yielded until then, `error`, and `stderr`, the end of what it said.
   """
+  return _run([sys.executable, '-m', 'benchmarks.processes', function,
+               json.dumps(arguments)], timeout, ROOT,
+              os.environ | (environment or {}))
+
+
+def run_peer_alone(function: str, arguments: Line,
+                   options: argparse.Namespace) -> Line:
+  """`run_alone` of a peer, which finds packages as its interpreter does alone.
+
+  Neither PYTHONPATH nor the folder this is started in has a say: packages that
+  are there for JAX are not those that a peer was installed with.
+
+  Args:
+    function, arguments: as of `run_alone`.
+    options: of a command with `add_peer_options`.
+  """
+  clean = {name: value for name, value in os.environ.items()
+           if name not in ('PYTHONPATH', 'PYTHONHOME')}
+  with tempfile.TemporaryDirectory() as folder:
+    return _run([options.peer_python, '-P', os.path.abspath(__file__), function,
+                 json.dumps(arguments)], options.peer_timeout, folder, clean)
+
+
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+  """Which interpreter a peer runs in, and how long it may take."""
+  parser.add_argument(
+      '--peer_python', type=_program, default=sys.executable, metavar='PYTHON',
+      help='an interpreter, 3.11 or later, that has torch and transformers '
+      'without PYTHONPATH')
+  parser.add_argument(
+      '--peer_timeout', type=float, default=200.0, metavar='SECONDS',
+      help='as --case_timeout, of a peer')
+
+
+def _program(text):
+  path = shutil.which(text)
+  if path is None:
+    raise argparse.ArgumentTypeError(f'{text} is not a program.')
+  return os.path.abspath(path)  # It is started in another folder.
+
+
+def _run(command, timeout, folder, variables):
   with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as err:
     process = subprocess.Popen(
-        [python, '-m', 'benchmarks.processes', function, json.dumps(arguments)],
-        stdout=subprocess.PIPE, stderr=err, text=True, cwd=ROOT,
-        env=os.environ | (environment or {}), process_group=0)
+        command, stdout=subprocess.PIPE, stderr=err, text=True, cwd=folder,
+        env=variables, process_group=0)
     error = None
     try:
       output, _ = process.communicate(timeout=timeout)
@@ -69,8 +109,7 @@ def run_alone(function: str, arguments: Line, timeout: float,
   if error is None and process.returncode:
     error = _explain(process.returncode, said)
   if error:
-    print(said[-_STDERR_SHOWN:], file=sys.stderr)
-    result['error'] = error
+    result |= {'error': error, 'stderr': said[-_STDERR_SHOWN:]}
   return result
 
 
@@ -115,13 +154,15 @@ def environment(benchmark: str, *packages: str) -> Line:
 
 
 def main() -> None:
-  """What `run_alone` starts: results go to its stdout, all else to stderr."""
+  """What both start: results go to its stdout, all else to stderr."""
   parser = argparse.ArgumentParser()
   parser.add_argument('function')
   parser.add_argument('arguments', type=json.loads)
   given = parser.parse_args()
   results = os.fdopen(os.dup(1), 'w', encoding='utf-8')
   os.dup2(2, 1)
+  if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # Last, so that it hides nothing.
   module, _, name = given.function.partition(':')
   for line in getattr(importlib.import_module(module), name)(**given.arguments):
     print(json.dumps(line), file=results, flush=True)

@@ -40,7 +40,15 @@ import jax
 import numpy as np
 
 from benchmarks import step_profile
-from benchmarks.processes import Line, Show, environment, run_alone, show_on
+from benchmarks.processes import (
+    Line,
+    Show,
+    add_peer_options,
+    environment,
+    run_alone,
+    run_peer_alone,
+    show_on,
+)
 from benchmarks.timing import (
     MATMUL_FLOPS,
     Limits,
@@ -313,12 +321,12 @@ def run_peer(arguments: argparse.Namespace, case: str, peer: str,
   line = {'benchmark': 'train_step', 'implementation': f'transformers {peer}',
           'preset': arguments.preset, 'length': length, 'rows': rows,
           'targets': arguments.targets}
-  result = run_alone(
+  result = run_peer_alone(
       'benchmarks.peers:train',
       {'config': model.to_dict(), 'length': length, 'rows': rows,
        'targets': arguments.targets, 'compiled': peer.startswith('compile'),
        'remat': peer.endswith('-remat'), 'optimizer': arguments.peer_optimizer,
-       'limits': limits}, arguments.case_timeout, arguments.peer_python)
+       'limits': limits}, arguments)
   if 'median_ms' in result:
     result['input_tokens_per_second'] = round(
         1000 * rows * length / result['median_ms'])
@@ -353,8 +361,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--peer', nargs='*', choices=PEERS,
       help='without a value: those of the table, or eager and compile')
   add('--peer_optimizer', choices=('adamw', 'adafactor'), default='adamw')
-  add('--peer_python', default=sys.executable,
-      help='an interpreter with torch and transformers')
+  add_peer_options(parser)
   add('--profile', metavar='FOLDER', help='where a step goes, instead of times')
   add('--profile_steps', type=int, default=5)
   add('--warmup', type=int, default=Limits().warmup)

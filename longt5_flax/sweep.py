@@ -31,7 +31,7 @@ from longt5_flax.data.sources import DataError
 from longt5_flax.interop.atomic import replace_file
 from longt5_flax.interop.orbax import checkpoint_steps
 from longt5_flax.sweep_losses import check_held_out
-from longt5_flax.sweep_plan import ROOT, Plan, Run, read_plan
+from longt5_flax.sweep_plan import ROOT, Plan, Run, check_common, read_plan
 from longt5_flax.sweep_report import write_report
 from longt5_flax.training import run_config
 from longt5_flax.training.checkpoints import check_same_run
@@ -163,10 +163,13 @@ def run_sweep(plan: Plan, folder: Folder) -> int:
     The exit code: 0, 1 where a run failed, 128 + the signal that ended it.
 
   Raises:
-    ConfigError, DataError: the folder holds another sweep; or runs cannot be
-      compared on the held-out documents.
+    ConfigError, DataError: the folder holds another sweep; what all runs read
+      cannot be read; or they cannot be compared on the held-out documents.
   """
   steps = [folder.step(run) for run in plan.runs]  # Raises before any starts.
+  if any(step < run.config.steps
+         for step, run in zip(steps, plan.runs, strict=True)):
+    check_common(plan)
   check_held_out(plan)
   if not plan.held_out:
     say('No data.validation_path: runs will not be compared on the same rows.')

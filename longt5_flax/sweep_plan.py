@@ -12,9 +12,11 @@ from ml_collections import ConfigDict
 
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError
-from longt5_flax.data.sources import DataError
+from longt5_flax.data.sources import DataError, expand_paths
+from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.inputs import check_task_objective, pipeline_options
 from longt5_flax.training import run_config
+from longt5_flax.training.init_from import check_readable
 
 # The checkout: train.py and configs are no part of the package.
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -113,6 +115,30 @@ def read_plan(path: str, overrides: Sequence[str],
       os.path.splitext(os.path.basename(path))[0],
       tuple(read('run', sweep.runs)),
       tuple(read('held_out', held_out)) if base.data.validation_path else ())
+
+
+def check_common(plan: Plan) -> None:
+  """Refuses what all runs would read and cannot: said once, not by each run.
+
+  Files that only some runs name are those runs' own matter.
+
+  Raises:
+    ConfigError, DataError: a file is not there, or cannot be read.
+  """
+  first = plan.runs[0].config
+
+  def is_common(*names: str) -> bool:
+    return all(run.config.data[name] == first.data[name]
+               for run in plan.runs for name in names)
+
+  if first.data.source != 'seqio' and is_common('source'):
+    if is_common('path'):
+      expand_paths(first.data.path)
+    if is_common('vocabulary', 'extra_ids'):
+      Vocabulary(first.data.vocabulary, first.data.extra_ids)
+  if first.init_from and all(
+      run.config.init_from == first.init_from for run in plan.runs):
+    check_readable(first.init_from)
 
 
 def _arguments(overrides: Overrides) -> list[str]:

@@ -1,11 +1,14 @@
 """benchmarks/: the lines of each command, at the smallest size, and what they
 are made of."""
 
+import argparse
 import gzip
 import importlib
 import json
+import sys
 import textwrap
 import time
+import venv
 
 import pytest
 
@@ -41,16 +44,21 @@ def here(monkeypatch):
   """Measures in this process, and peers not at all: they need PyTorch."""
   def run_here(function, arguments, *rest, **options):
     module, name = function.split(':')
-    if module == 'benchmarks.peers':
-      return {'median_ms': 1e6, 'forward_backward_ms': 1e6, 'peak_bytes': None}
     result = {}
     for line in getattr(importlib.import_module(module), name)(
         **json.loads(json.dumps(arguments))):
       result |= line
     return result
 
+  def run_peer(function, arguments, options):
+    json.dumps(arguments)
+    assert options.peer_timeout == 200
+    return {'median_ms': 1e6, 'forward_backward_ms': 1e6, 'peak_bytes': None}
+
   for module in (attention, train_step, generate, compile_time):
     monkeypatch.setattr(module, 'run_alone', run_here)
+  for module in (attention, train_step, generate):
+    monkeypatch.setattr(module, 'run_peer_alone', run_peer)
 
 
 def lines_of(module, arguments, capsys):
@@ -177,7 +185,7 @@ CHILD = textwrap.dedent('''
 ''')
 
 
-def test_run_alone(tmp_path, capfd):
+def test_run_alone(tmp_path):
   (tmp_path / 'measured.py').write_text(CHILD)
 
   def run(function, timeout=30.0, **arguments):
@@ -186,11 +194,11 @@ def test_run_alone(tmp_path, capfd):
         environment={'PYTHONPATH': str(tmp_path)})
 
   assert run('add', a=1, b=2) == {'a': 1, 'sum': 3}
-  assert run('fail', text='CUDA out of memory. Tried') == {
-      'before': 1, 'error': 'out of memory'}
-  assert run('fail', text='other\n\nFor more, see there.') == {
-      'before': 1, 'error': 'exit code 1: RuntimeError: other'}
-  assert 'Traceback' in capfd.readouterr().err
+  line = run('fail', text='CUDA out of memory. Tried')
+  assert line['error'] == 'out of memory'
+  line = run('fail', text='other\n\nFor more, see there.')
+  assert line.pop('stderr').startswith('Traceback')
+  assert line == {'before': 1, 'error': 'exit code 1: RuntimeError: other'}
   line = run('wait', timeout=1.0)
   assert line['error'] == 'more than 1 s'
   for _ in range(100):  # Its own children end with it.
@@ -198,6 +206,35 @@ def test_run_alone(tmp_path, capfd):
       break
     time.sleep(0.02)
   assert not is_running(line['child'])
+
+
+def test_run_peer_alone(tmp_path, monkeypatch):
+  """Packages meant for us stay out of a peer's way."""
+  venv.create(tmp_path / 'peer', symlinks=True)
+  [packages] = tmp_path.glob('peer/lib/python*/site-packages')
+  (packages / 'measured.py').write_text(CHILD)
+  ours = tmp_path / 'ours'
+  ours.mkdir()
+  for name in ('measured', 'tempfile'):
+    (ours / f'{name}.py').write_text('raise ImportError("ours")')
+  monkeypatch.setenv('PYTHONPATH', f'{ours}:.')
+  monkeypatch.chdir(ours)
+
+  def run(function, *options, **arguments):
+    parser = argparse.ArgumentParser()
+    processes.add_peer_options(parser)
+    return processes.run_peer_alone(
+        f'measured:{function}', arguments, parser.parse_args(
+            ['--peer_python=../peer/bin/python', *options]))
+
+  assert run('add', a=1, b=2) == {'a': 1, 'sum': 3}
+  assert run('wait', '--peer_timeout=1')['error'] == 'more than 1 s'
+  line = processes.run_peer_alone('measured:add', {}, argparse.Namespace(
+      peer_python=sys.executable, peer_timeout=30))
+  assert line['error'] == (
+      "exit code 1: ModuleNotFoundError: No module named 'measured'")
+  with pytest.raises(SystemExit):
+    run('add', '--peer_python=./python')
 
 
 def is_running(pid):

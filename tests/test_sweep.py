@@ -156,6 +156,23 @@ def test_held_out_rows_that_cannot_be_made(tmp_path, capsys):
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('common, line', [
+    ({'data.path': 'no.jsonl'}, "no file 'no.jsonl'"),
+    ({'data.vocabulary': 'no.model'},
+     'cannot read vocabulary no.model: No such file or directory'),
+    ({'init_from': 'hf:no'}, 'init_from=hf:no: there is no such folder or file '
+     'on disk; nothing is downloaded.'),
+])
+def test_what_no_run_could_read(common, line, tmp_path, capsys):
+  """Said once, not by each run in turn."""
+  path = tmp_path / 'a.py'
+  runs_of = "[('a', {}), ('b', {'loss.z_loss': 0.1})]"
+  path.write_text(SWEEP.format(f'{runs_of}, {common}'))
+  assert answer(capsys, path, f'--workdir={tmp_path}/out') == (
+      2, f'error: {line}')
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('own, line', [
     # 4000 pieces; the objective has sentinels.
     ({}, "for run 'a' data.vocabulary has 4096 ids with its sentinels, more "

@@ -9,6 +9,9 @@ from longt5_flax.interop.orbax import run_values
 from longt5_flax.interop.same_model import check_same_model
 from longt5_flax.interop.tensors import load_params
 
+# Kinds that are opened as of the run's model.
+_WITHOUT_CONFIG = ('t5x', 't5')
+
 
 def check_spec(spec: str) -> None:
   """Refuses an init_from that names no known kind of checkpoint.
@@ -20,6 +23,23 @@ def check_spec(spec: str) -> None:
   if kind not in KINDS or not path:
     known = ', '.join(f'{kind}:{what}' for kind, what in KINDS.items())
     raise ConfigError(f'init_from={spec!r} must be one of {known}.')
+
+
+def check_readable(spec: str) -> None:
+  """Refuses an init_from that is not there or damaged; no tensor is read.
+
+  Of T5X and T5, which say not of which model they are, nothing is looked at.
+
+  Raises:
+    ConfigError: saying what is wrong.
+  """
+  kind, _, path = spec.partition(':')
+  if kind in _WITHOUT_CONFIG:
+    return
+  try:
+    open_tensors(spec)
+  except ConfigError as error:
+    raise _init_error(spec, path, error) from None
 
 
 def initial_params(spec: str, config: LongT5Config, wanted: Any,
@@ -44,14 +64,18 @@ def initial_params(spec: str, config: LongT5Config, wanted: Any,
   try:
     if kind == 'run':
       _check_same_vocabulary(run_values(path), vocabulary)
-    tensors = open_tensors(spec, config if kind in ('t5x', 't5') else None)
+    tensors = open_tensors(spec, config if kind in _WITHOUT_CONFIG else None)
     if tensors.config:
       check_same_model(tensors.origin, tensors.config, config)
     params = load_params(tensors, wanted)
   except ConfigError as error:
-    message = str(error).removeprefix(f'{path}: ')
-    raise ConfigError(f'init_from={spec}: {message}') from None
+    raise _init_error(spec, path, error) from None
   return params, tensors.report
+
+
+def _init_error(spec, path, error):
+  message = str(error).removeprefix(f'{path}: ')
+  return ConfigError(f'init_from={spec}: {message}')
 
 
 def _check_same_vocabulary(run, vocabulary):
