@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -174,10 +175,15 @@ def run(argv: Sequence[str] | None = None) -> int:
     main(options, overrides)
   except (ConfigError, DataError) as error:
     print(f'error: {error}', file=sys.stderr)
-    return 2
+    return distributed.leave(2)
   except KeyboardInterrupt:
     print('Stopped; the same command goes on.', file=sys.stderr)
-    return 128 + signal.SIGINT
+    return distributed.leave(128 + signal.SIGINT)
+  except Exception:
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    return distributed.leave(1)
   return 0
 
 

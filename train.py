@@ -11,11 +11,13 @@ where the run was stopped. docs/reproducibility.md says what is exact,
 docs/finetuning.md how to fine-tune.
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -146,7 +148,8 @@ def main(config, workdir):
       if writer:
         writer.write(step, 'train', metrics | rates)
 
-  with partitioning.active(mesh), batches:
+  with (partitioning.active(mesh), batches,
+        contextlib.closing(checkpoints)):  # Whatever ends it: they get whole.
     pending = None
     if first_step and is_decode(first_step) and first_step not in best:
       decode(evaluator, state.params, workdir, first_step, report, writer, best)
@@ -187,7 +190,6 @@ def main(config, workdir):
 
   # --- End --------------------------------------------------------------------
   end_profile(config.profile, int(state.step) - first_step)
-  checkpoints.close()
   report.close()
   if stop.signal:
     report.say(f'Stopped at step {int(state.step)}; the same command goes on.')
@@ -361,7 +363,12 @@ def run(argv):
     ended_by = main(_CONFIG.value, _WORKDIR.value or f'runs/{name}')
   except (ConfigError, DataError) as error:
     print(f'error: {error}', file=sys.stderr)
-    return 2
+    return distributed.leave(2)
+  except (Exception, KeyboardInterrupt):
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    return distributed.leave(1)
   return 128 + ended_by if ended_by else 0
 
 

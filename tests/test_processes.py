@@ -1,5 +1,7 @@
 """Two real processes train as one does, and hand over to one."""
 
+import json
+import signal
 import socket
 
 import numpy as np
@@ -55,6 +57,32 @@ def assert_same_numbers(workdir, other, steps):
       # Tokens are counted, so equal counts mean equal rows.
       if split == 'train':
         assert line['encoder_tokens'] == right['encoder_tokens']
+
+
+def test_an_error_of_one_ends_both(tmp_path, cache):
+  """No process waits for one that has failed, and the checkpoint that was being
+  written gets whole."""
+  data = tmp_path / 'examples.jsonl'
+  data.write_text(8 * (json.dumps(
+      {'inputs': 'He went to the sea.', 'targets': 'It was calm.'}) + '\n'))
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  (workdir / 'eval').write_text('')  # Where predictions should go.
+  processes = start_two(
+      workdir, cache, steps=3, data__objective='supervised', data__path=data,
+      data__validation_path=data, data__packing=False, eval__metric='rouge',
+      eval__decode_every_steps=2)
+  assert f"NotADirectoryError: [Errno 20] Not a directory: '{workdir}/eval" in (
+      runs.finish(processes[0], code=1))
+  assert 'another task died' in runs.finish(processes[1], code=-signal.SIGABRT)
+  assert (workdir / 'checkpoints' / '2').is_dir()
+
+
+def test_the_same_error_of_both_is_a_line_of_each(tmp_path):
+  for process in start_two(
+      tmp_path / 'run', None, data__vocabulary='no.model'):
+    assert runs.finish(process, code=2).splitlines()[-1] == (
+        'error: cannot read vocabulary no.model: No such file or directory')
 
 
 def test_half_given_coordinates_are_refused(tmp_path):

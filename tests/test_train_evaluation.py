@@ -90,6 +90,13 @@ def test_the_best_checkpoint_stays(tmp_path, data, monkeypatch):
     run_checkpoint(str(tmp_path))
 
 
+def test_a_checkpoint_gets_whole_before_an_error_ends_the_run(
+    tmp_path, data, monkeypatch):
+  with pytest.raises(KeyError):  # Of the step, which has no score.
+    run(tmp_path, data, {}, monkeypatch, steps=6)
+  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['2']
+
+
 def test_a_run_that_gets_no_better_ends(tmp_path, data, monkeypatch):
   """It was killed once between a checkpoint and its evaluation, which comes
   first; and what is said of a step without a checkpoint is forgotten."""

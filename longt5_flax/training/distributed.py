@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import threading
 from typing import Any
 
 import jax
@@ -9,6 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from longt5_flax.config import ConfigError
+
+# Seconds that a process which failed waits for the others to end as well.
+_PATIENCE = 10.0
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -55,6 +60,33 @@ def _is_cluster(env):
   slurm_tasks = env.get('SLURM_STEP_NUM_TASKS', '1')
   tpu_hosts = env.get('TPU_WORKER_HOSTNAMES', '').split(',')
   return slurm_tasks != '1' or len(tpu_hosts) > 1
+
+
+def leave(code: int) -> int:
+  """Leaves the other processes after an error, which they may know nothing of.
+
+  They would wait for this one in the next thing that all do together, and jax,
+  at exit, lets it wait for them. Those that have had the same error, such as a
+  mistake in the config, leave together with it. Otherwise this process ends
+  here, and jax then ends the others, which say so: at once if it is the main
+  one, else when they have missed its heartbeat for 100 seconds.
+
+  Args:
+    code: the exit code.
+
+  Returns:
+    The exit code, if all processes leave or there are no others.
+  """
+  if not jax.distributed.is_initialized():
+    return code
+  leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  leaving.start()
+  leaving.join(_PATIENCE)
+  if leaving.is_alive():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def is_main() -> bool:
