@@ -93,7 +93,7 @@ def load_task(config: Any, vocabulary: Any) -> Task:
     examples = load_task_examples(data.task, where)
     where = f'{data.task}, {where}'
   else:
-    examples = own_examples(data, where, unique_ids=True)
+    examples = own_examples(data, where, vocabulary, unique_ids=True)
   count = config.eval.max_examples
   some = examples[:count] if count else examples
   objective = Supervised(vocabulary, pipeline_options(config, 1))

@@ -217,7 +217,7 @@ def load(config: Any, path: str, vocabulary: Vocabulary,
   """
   check_source(config.data)
   if options.objective == SUPERVISED:
-    examples = own_examples(config.data, path)
+    examples = own_examples(config.data, path, vocabulary)
     check_long_inputs(examples, path, vocabulary, options)
     return examples
   if config.data.source == 'arrayrecord':
@@ -226,12 +226,14 @@ def load(config: Any, path: str, vocabulary: Vocabulary,
                         on_bad_record=config.data.on_bad_record)
 
 
-def own_examples(data: Any, path: str, unique_ids: bool = False) -> Examples:
+def own_examples(data: Any, path: str, vocabulary: Vocabulary,
+                 unique_ids: bool = False) -> Examples:
   """The examples in files, as `config.data` says to read them.
 
   Args:
     data: of the config.
     path: files or globs, separated by commas.
+    vocabulary: to tokenise.
     unique_ids: see `load_examples`.
 
   Raises:
@@ -240,7 +242,8 @@ def own_examples(data: Any, path: str, unique_ids: bool = False) -> Examples:
   fields = Fields(data.inputs_field, data.targets_field, data.references_field,
                   data.id_field)
   return load_examples(
-      path, data.source, fields, data.on_bad_record, unique_ids)
+      path, data.source, fields, data.on_bad_record, unique_ids,
+      vocabulary.encode)
 
 
 def check_long_inputs(examples: Examples, path: str, vocabulary: Vocabulary,

@@ -174,6 +174,8 @@ GOOD = '{"inputs": "a b", "targets": "c"}\n'
      "{}:17: no field 'targets', only ['inputs', 'target']"),
     (GOOD + '{"inputs": "a", "targets": " "}\n',
      "{}:2: field 'targets' is empty"),
+    (GOOD + '{"inputs": "a", "targets": "\\u200b"}\n',
+     r"{}:2: field 'targets' has no tokens: '\u200b'"),
     (GOOD + '{"inputs": "a", "targets": "b", "references": []}\n',
      "{}:2: field 'references' is an empty list"),
 ])

@@ -5,7 +5,8 @@ From JSON lines or TSV. Files are read as those of documents are.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longt5_flax.data.sources import (
@@ -23,6 +24,8 @@ from longt5_flax.data.sources import (
 )
 
 SOURCES = ('jsonl', 'tsv')
+
+Encode = Callable[[str], Sequence[int]]  # Text to token ids.
 
 
 class Example(NamedTuple):
@@ -86,7 +89,8 @@ class Examples(Sequence[Example]):
 
 def load_examples(
     path: str, source: str = 'jsonl', fields: Fields = Fields(),  # noqa: B008
-    on_bad_record: str = 'raise', unique_ids: bool = True) -> Examples:
+    on_bad_record: str = 'raise', unique_ids: bool = True,
+    encode: Encode | None = None) -> Examples:
   """Reads all examples of some files.
 
   Args:
@@ -100,6 +104,7 @@ def load_examples(
       examples.
     unique_ids: refuse an id that was there before, by which predictions could
       not be told apart.
+    encode: refuse targets without tokens, as this finds them.
 
   Raises:
     DataError: a setting or file that cannot be, a bad record, no examples.
@@ -116,6 +121,9 @@ def load_examples(
         try:
           example = _parse(record, fields, source,
                            number if len(files) == 1 else place)
+          if encode and not has_tokens(example.targets, encode):
+            raise BadRecordError(f'field {fields.targets!r} has no tokens: '
+                                 f'{example.targets!r}')
           if unique_ids and example.id in places:
             raise BadRecordError(f'id {example.id!r} was there before, in '
                                  f'{places[example.id]}')
@@ -194,6 +202,15 @@ def _references(value: Any, fields: Fields, source: str) -> tuple[str, ...]:
   if not value:
     raise BadRecordError(f'field {field!r} is an empty list')
   return tuple(check_text(text, field) for text in value)
+
+
+def has_tokens(text: str, encode: Encode) -> bool:
+  """Whether a vocabulary leaves something of a text.
+
+  It drops zero-width spaces, say. Letters and digits it keeps, so that few
+  texts need to be encoded to know.
+  """
+  return bool(re.search(r'\w', text) or encode(text))
 
 
 def _filled(text: str, field: str) -> str:

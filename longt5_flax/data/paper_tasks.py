@@ -20,7 +20,7 @@ import seqio
 import tensorflow as tf
 
 from longt5_flax.data import tasks
-from longt5_flax.data.examples import Example
+from longt5_flax.data.examples import Example, has_tokens
 from longt5_flax.data.objectives import Supervised
 from longt5_flax.data.options import SUPERVISED, PipelineOptions
 from longt5_flax.data.sources import BadRecordError, DataError
@@ -50,14 +50,14 @@ def supervised(on_bad_record: str = 'raise', **options: Any
     if not sequence_length:
       raise ValueError('sequence_length must say how long inputs and targets '
                        'may be')
-    objective = Supervised(
-        tasks.plain_vocabulary(output_features['inputs'].vocabulary),
-        PipelineOptions(sequence_length['inputs'], sequence_length['targets'],
-                        SUPERVISED, **options))
+    vocabulary = tasks.plain_vocabulary(output_features['inputs'].vocabulary)
+    objective = Supervised(vocabulary, PipelineOptions(
+        sequence_length['inputs'], sequence_length['targets'], SUPERVISED,
+        **options))
 
     def of_texts(inputs: bytes, targets: bytes) -> list[np.ndarray]:
       text = targets.decode('utf-8')
-      if on_bad_record == 'skip' and not text.strip():
+      if on_bad_record == 'skip' and not has_tokens(text, vocabulary.encode):
         made = objective.nothing
       else:
         made = objective.encode(inputs.decode('utf-8'), text)

@@ -15,6 +15,7 @@ from longt5_flax.data.examples import (
     load_examples,
 )
 from longt5_flax.data.sources import DataError
+from longt5_flax.data.vocabulary import Vocabulary
 
 LINES = [{'inputs': f'Who is {name}?\tSay.\n', 'targets': f'{name} ☃'}
          for name in ('Ann', 'Bo', 'Cy')]
@@ -138,6 +139,23 @@ def test_bad_examples(change, message, tmp_path):
 def test_bad_tsv(lines, message, tmp_path):
   path = write(tmp_path / 'a.tsv', lines)
   refuses(path + message, path, 'tsv')
+
+
+@pytest.mark.parametrize('targets, kept', [
+    ('\u200b', False), ('\u200b\x01', False), ('\u200b!', True),
+    ('\u4e00', True)])
+def test_targets_without_tokens(targets, kept, tmp_path):
+  """The quickstart's vocabulary drops what has no width."""
+  vocabulary = Vocabulary('corpus/vocabulary.model')
+  assert bool(vocabulary.encode(targets)) == kept
+  lines = [LINES[0] | {'targets': targets}, LINES[1]]
+  path = write(tmp_path / 'a.jsonl', lines)
+  found = load_examples(
+      path, on_bad_record='skip', encode=vocabulary.encode)
+  assert (len(found), found.skipped) == (1 + kept, 1 - kept)
+  if not kept:
+    refuses(f"{path}:1: field 'targets' has no tokens: {targets!r}", path,
+            encode=vocabulary.encode)
 
 
 def test_id_that_was_there_before(tmp_path):

@@ -37,8 +37,8 @@ SCROLLS = ('gov_report', 'summ_screen_fd', 'qmsum', 'narrative_qa', 'qasper',
 @pytest.fixture
 def register():
   """Registers the tasks to read a test's corpora; at the end as published."""
-  def register_tasks(**changes):
-    paper_tasks.register_paper_tasks(TINY, 100, **changes)
+  def register_tasks(vocabulary=TINY, **changes):
+    paper_tasks.register_paper_tasks(vocabulary, 100, **changes)
 
   yield register_tasks
   paper_tasks.register_paper_tasks()
@@ -128,13 +128,16 @@ def test_prefix_and_long_inputs(register, tmp_path):
   assert '\n' not in str(e.value)
 
 
-def test_targets_that_are_empty(register, tmp_path):
-  folder = write_summaries(tmp_path, 'arxiv', [('a', '\n'), *PAIRS])
-  register(tfds_dir=folder)
+@pytest.mark.parametrize('targets', ['\n', '\u200b'])
+def test_targets_without_tokens(targets, register, tmp_path):
+  folder = write_summaries(tmp_path, 'arxiv', [('a', targets), *PAIRS])
+  # Of the quickstart, which drops what has no width.
+  settings = {'vocabulary': 'corpus/vocabulary.model', 'tfds_dir': folder}
+  register(**settings)
   with pytest.raises(DataError, match=(
-      r"^task longt5_arxiv: .*targets='\\n' has no tokens")):
+      r"^task longt5_arxiv: .*targets='.+' has no tokens")):
     tasks.check_examples(tasks.find_task('longt5_arxiv'), 'train', (64, 32))
-  register(tfds_dir=folder, on_bad_record='skip')
+  register(**settings, on_bad_record='skip')
   found = list(tasks.TaskExamples(
       tasks.find_task('longt5_arxiv'), 'train', (64, 32), 0))
   assert [each['left_out'] for each in found] == [1, 0]
