@@ -88,27 +88,25 @@ def fused_attention(
 def _attend(tokens, tables, ids, block_size, dtype, options):
   """`fused_attention` on one device."""
   length, size = tokens[0].shape[1::2]
-  tiling = options.tiling(dtype)
-  multiple = max(tiling.queries, tiling.keys)
+  tile = options.tile
   prepare = partial(to_operands, dtype=dtype)
   rows = near = reach = 0
   layout, side = None, ()
-  segment_ids = jnp.pad(ids[0], ((0, 0), (0, -length % multiple)))
+  segment_ids = jnp.pad(ids[0], ((0, 0), (0, -length % tile)))
   if block_size:
     reach = tables[1].shape[1] // 2
-    # That a program's queries may be in.
-    blocks = tiling.queries // block_size + 2
+    blocks = tile // block_size + 2  # That tokens of a tile may be in.
     rows = max(16, 1 << (blocks - 1).bit_length())
     near = 2 * reach - 2 + blocks
-    near += -near % tiling.tile
+    near += -near % tile
   geometry = Geometry(
-      tiling, -(-(tables[0].shape[1] // 2) // tiling.tile), rows, near)
+      options.tiling(dtype), -(-(tables[0].shape[1] // 2) // tile), rows, near)
   if block_size:
     layout = checkpoint_name(
         _layout(geometry, reach, segment_ids, *ids[1:]), LAYOUT)
     side = *(prepare(x) for x in tokens[3:]), tables[1]
   output = _fused(
-      geometry, *(prepare(x, multiple=multiple) for x in tokens[:3]), tables[0],
+      geometry, *(prepare(x, multiple=tile) for x in tokens[:3]), tables[0],
       segment_ids, layout, side)
   return output[:, :length, :, :size].astype(tokens[0].dtype)
 
@@ -119,65 +117,34 @@ class _Layout(NamedTuple):
   Attributes:
     segment_ids: of the global tokens, whole tiles.
     rows, spans: see `kernels.Globals`.
-    bounds, firsts, tile_rows: see `kernels.GlobalTiles`.
+    bounds, firsts: see `kernels.GlobalTiles`.
   """
   segment_ids: Int[Array, 'B S']
   rows: Int[Array, 'B L']
-  spans: Int[Array, 'B programs 5']
-  bounds: Int[Array, 'B side_programs 6']
+  spans: Int[Array, 'B tiles 5']
+  bounds: Int[Array, 'B side_tiles 6']
   firsts: Int[Array, 'B tiles']
-  tile_rows: Int[Array, 'B L']
-
-
-class _Queries(NamedTuple):
-  """Of tiles of queries: which row of a bias, of those that begin with the
-  block `firsts`, each token has; their first and last blocks; and their
-  segments, where tokens without a block are in one that nobody sees, as they
-  have no bias, which no unmasked tile can express."""
-  rows: Int[Array, 'B tiles tile']
-  firsts: Int[Array, 'B tiles']
-  lasts: Int[Array, 'B tiles']
-  segments: Int[Array, 'B tiles tile']
-  alike: Int[Array, 'B tiles tile']
-
-
-def _queries(geometry, segment_ids, block_ids, tile):
-  segments = segment_ids.reshape(segment_ids.shape[0], -1, tile)
-  own, firsts, lasts = blocks_of_tiles(block_ids, segment_ids.shape[1], tile)
-  has_block = own >= 0
-  return _Queries(
-      jnp.where(has_block, own - firsts[..., None], geometry.rows),
-      firsts, lasts, segments, jnp.where(
-          has_block | (segments == 0), segments,
-          jnp.iinfo(jnp.int32).max - 1))
 
 
 def _layout(geometry, reach, segment_ids, side_segments, block_ids):
-  of_programs, of_tiles = (
-      _queries(geometry, segment_ids, block_ids, size)
-      for size in (geometry.tiling.queries, geometry.tile))
-  fill = -side_segments.shape[1] % geometry.tiling.keys
-  padded = jnp.pad(side_segments, ((0, 0), (0, fill)))
-  return _Layout(
-      padded, _flat(of_programs.rows),
-      _spans(geometry, reach, of_programs, side_segments),
-      _bounds(geometry, reach, of_tiles, padded),
-      of_tiles.firsts, _flat(of_tiles.rows))
-
-
-def _flat(rows):
-  return rows.reshape(rows.shape[0], -1)
-
-
-def _spans(geometry, reach, queries, side_segments):
   tile = geometry.tile
+  batch, num_globals = side_segments.shape
+  own, firsts, lasts = blocks_of_tiles(block_ids, segment_ids.shape[1], tile)
+  has_block = own >= 0
+  rows = jnp.where(has_block, own - firsts[..., None], geometry.rows)
+
+  tokens = segment_ids.reshape(batch, -1, tile)
+  of_tokens = segment_range(tokens)
   side_ids = side_segments[..., None]  # Tiles of one global token.
   first_seen, end_seen = covering_run(
-      ranges_meet(segment_range(queries.segments), segment_range(side_ids)))
-  first_clean, end_clean = gapless_run(all_see(queries.alike, side_ids))
-  window = queries.firsts - (reach - 1)
+      ranges_meet(of_tokens, segment_range(side_ids)))
+  # Tokens without a block have no bias, which no unmasked tile can express.
+  alike = jnp.where(has_block | (tokens == 0), tokens,
+                    jnp.iinfo(jnp.int32).max - 1)
+  first_clean, end_clean = gapless_run(all_see(alike, side_ids))
+  window = firsts - (reach - 1)
   window_end = window + geometry.near
-  return jnp.stack([
+  spans = jnp.stack([
       window + _pads(geometry, reach)[0],
       -(-jnp.maximum(window - first_seen, 0) // tile),
       -(-jnp.maximum(end_seen - window_end, 0) // tile),
@@ -187,17 +154,16 @@ def _spans(geometry, reach, queries, side_segments):
                 jnp.maximum(end_clean - window_end, 0) // tile, 0),
   ], axis=-1)
 
-
-def _bounds(geometry, reach, queries, side_segments):
-  own = geometry.tiling.keys
-  keys = side_segments.reshape(side_segments.shape[0], -1, own)
-  sees = ranges_meet(segment_range(keys), segment_range(queries.segments))
-  clean = all_see(queries.alike, keys).swapaxes(1, 2)
-  starts = jnp.arange(0, side_segments.shape[1], own)[:, None]
-  near = jnp.sum(queries.lasts[:, None] + reach <= starts, axis=2)
-  far = jnp.sum(queries.firsts[:, None] < starts + own - 1 + reach, axis=2)
+  side_segments = jnp.pad(side_segments, ((0, 0), (0, -num_globals % tile)))
+  side_tiles = side_segments.reshape(batch, -1, tile)
+  sees = ranges_meet(segment_range(side_tiles), of_tokens)
+  clean = all_see(alike, side_tiles).swapaxes(1, 2)
+  starts = jnp.arange(0, side_segments.shape[1], tile)[:, None]
+  near = jnp.sum(lasts[:, None] + reach <= starts, axis=2)
+  far = jnp.sum(firsts[:, None] < starts + tile - 1 + reach, axis=2)
   first, end = covering_run(sees)
-  return jnp.stack([first, near, far, end, *gapless_run(clean)], axis=-1)
+  bounds = jnp.stack([first, near, far, end, *gapless_run(clean)], axis=-1)
+  return _Layout(side_segments, rows.reshape(batch, -1), spans, bounds, firsts)
 
 
 def _pads(geometry, reach):
@@ -217,8 +183,7 @@ def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
                    side):
   tokens = kernels.Tokens(
       query, key, value, segment_ids,
-      _banded(geometry, bias, geometry.tiling.queries).astype(
-          jnp.float16 if geometry.tiling.narrow_bias else jnp.float32))
+      _banded(geometry, bias.shape[1] // 2, _local_tiles(geometry, bias)))
   output, lse = kernels.forward(
       geometry, tokens, _globals(geometry, layout, side))
   output, lse = checkpoint_name((output, lse), ATTENDED)
@@ -232,14 +197,9 @@ def _fused_backward(geometry, residuals, gradient):
   arrays = _globals(geometry, layout, side)
   d_query, *d_rows = kernels.backward_query(geometry, tokens, arrays, rows)
   d_key, d_value = kernels.backward_key(
-      geometry, tokens._replace(bias=_banded(
-          geometry, bias[:, ::-1], geometry.tiling.keys)), rows)
-  tile = geometry.tile
-  d_tiles = kernels.backward_local_bias(
-      geometry, tokens._replace(bias=_banded(geometry, bias, tile)), rows,
-      _BIAS_PARTS)
-  d_bias, = jax.linear_transpose(
-      partial(_local_tiles, geometry, own=tile), bias)(
+      geometry, tokens._replace(bias=tokens.bias.swapaxes(2, 3)), rows)
+  d_tiles = kernels.backward_local_bias(geometry, tokens, rows, _BIAS_PARTS)
+  d_bias, = jax.linear_transpose(partial(_local_tiles, geometry), bias)(
       jnp.sum(d_tiles, axis=(0, 1)))
   d_side = ()
   if side:
@@ -257,15 +217,13 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   fill = layout.segment_ids.shape[1] - num_globals
   key, value = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
                 for x in (key, value))
-  # Offsets of a program's first global token to the rows of a near query tile.
-  own = geometry.tiling.keys
-  shift = reach + own + geometry.rows
+  # Offsets of a tile's first global token to the rows of a near query tile.
+  shift = reach + geometry.tile + geometry.rows
   offsets = jnp.arange(-shift, reach + geometry.rows)
-  index = jnp.clip(offsets[:, None] + jnp.arange(own), -reach, reach)
+  index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
   tiles = kernels.GlobalTiles(
-      key, value, layout.segment_ids, layout.bounds, layout.firsts,
-      layout.tile_rows, _by_row(geometry, bias[:, index + reach], key.dtype, 2),
-      arrays.far_bias)
+      key, value, layout.segment_ids, layout.bounds, layout.firsts, layout.rows,
+      _in_parts(bias[:, index + reach], key.dtype, 2), arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
@@ -276,17 +234,15 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   return d_key, d_value, d_bias
 
 
-def _local_tiles(geometry, bias, own):
-  """[H, local_tiles, own, tile]: of each tile near a program's own tokens, by
-  how far it lies behind them; 0 beyond the radius."""
+def _local_tiles(geometry, bias):
+  """[H, local_tiles, tile, tile]: of each key tile relative to the query's, 0
+  beyond the radius."""
   tile, reach = geometry.tile, geometry.reach_tiles
-  count = geometry.local_tiles(own)
   radius = bias.shape[1] // 2
-  # From the last own token to the first, from the first to the last.
-  least, most = reach * tile + own - 1, (count - reach) * tile - 1
-  values = jnp.pad(bias, ((0, 0), (least - radius, most - radius)))
-  tiles = toeplitz(values, own, count * tile)
-  return tiles.reshape(-1, own, count, tile).swapaxes(1, 2)
+  end = (reach + 1) * tile - 1  # The largest offset.
+  values = jnp.pad(bias, ((0, 0), (end - radius, end - radius)))
+  tiles = toeplitz(values, tile, geometry.local_tiles * tile)
+  return tiles.reshape(-1, tile, geometry.local_tiles, tile).swapaxes(1, 2)
 
 
 def _near_rows(geometry, bias):
@@ -311,16 +267,13 @@ def _globals(geometry, layout, side):
   segment_ids = jnp.pad(layout.segment_ids[:, :num_globals], ((0, 0), pads))
   return kernels.Globals(
       key, value, segment_ids, layout.rows, layout.spans,
-      _by_row(geometry, _near_rows(geometry, bias), key.dtype, 1),
+      _in_parts(_near_rows(geometry, bias), key.dtype, 1),
       bias[:, ::2 * reach] * LOG2_E)
 
 
-def _by_row(geometry, bias, dtype, axis):
-  """[H, rows, keys] as kernels take it: with a last row for tokens without a
-  block, which have no bias; or for products in two parts, which `axis` counts
+def _in_parts(bias, dtype, axis):
+  """[H, rows, keys] as operands of products: in two parts, which `axis` counts
   before or behind rows, that together are as good as float32."""
-  if not geometry.tiling.near_products:
-    return jnp.pad(bias * LOG2_E, ((0, 0), (0, 1), (0, 0)))
   # Not a cast, which a compiler may leave out.
   higher = jax.lax.reduce_precision(bias, *_bits(dtype))
   parts = jnp.stack([higher, bias - higher], axis).astype(dtype)
@@ -333,10 +286,10 @@ def _bits(dtype):
   return info.nexp, info.nmant
 
 
-def _banded(geometry, bias, own):
-  """`_local_tiles` in base 2, with what lies beyond the radius hidden."""
-  relative = np.arange(geometry.local_tiles(own)) - geometry.reach_tiles
-  offsets = (relative[:, None, None] * geometry.tile + np.arange(geometry.tile)
-             - np.arange(own)[:, None])
-  return jnp.where(np.abs(offsets) <= bias.shape[1] // 2,
-                   _local_tiles(geometry, bias, own) * LOG2_E, MASKED)
+def _banded(geometry, radius, tiles):
+  """In base 2, with what lies beyond the radius hidden."""
+  tile = np.arange(geometry.tile)
+  relative = np.arange(geometry.local_tiles) - geometry.reach_tiles
+  offsets = (relative[:, None, None] * geometry.tile + tile
+             - tile[:, None])
+  return jnp.where(np.abs(offsets) <= radius, tiles * LOG2_E, MASKED)

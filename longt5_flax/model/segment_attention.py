@@ -68,13 +68,12 @@ def segment_attention(
 def _attend(tokens, tables, ids, dtype, options):
   del tables
   length, size = tokens[0].shape[1::2]
-  tiling = options.tiling(dtype)
-  multiples = tiling.queries, tiling.keys, tiling.keys
+  query_segments, segment_ids = (
+      jnp.pad(x, ((0, 0), (0, -x.shape[1] % options.tile))) for x in ids)
   output = _segment_attention(
-      tiling, *(to_operands(x, dtype, multiple)
-                for x, multiple in zip(tokens, multiples, strict=True)),
-      *(jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
-        for x, multiple in zip(ids, multiples[:2], strict=True)))
+      options.tiling(dtype),
+      *(to_operands(x, dtype, options.tile) for x in tokens),
+      query_segments, segment_ids)
   return output[:, :length, :, :size].astype(tokens[0].dtype)
 
 
@@ -122,21 +121,19 @@ _segment_attention.defvjp(_forward, _backward)
 def _parts(tiling, query):
   """Programs that share the keys of a tile of queries."""
   batch, length, heads, _ = query.shape
-  programs = batch * heads * (length // tiling.queries)
+  programs = batch * heads * (length // tiling.tile)
   return min(_MAX_PARTS, -(-_PROGRAMS // programs))
 
 
 def _spans(tiling, query_segments, segment_ids):
-  """[B, query programs, 4]: the key tiles from first to end that a program's
-  queries share a segment with, and those of which all see each other; and the
-  same of query tiles for programs of keys, [B, key programs, 4]."""
-  def spans(queries, keys, axis):
-    queries, keys = (x.reshape(x.shape[0], -1, size) for x, size in (
-        (query_segments, queries), (segment_ids, keys)))
-    pairs = (ranges_meet(segment_range(queries), segment_range(keys)),
-             all_see(queries, keys))
-    shared, every = (jnp.moveaxis(x, axis, -1) for x in pairs)
-    return jnp.stack([*covering_run(shared), *gapless_run(every)], axis=-1)
-
-  return (spans(tiling.queries, tiling.tile, 2),
-          spans(tiling.tile, tiling.keys, 1))
+  """[B, query tiles, 4]: the key tiles from first to end that a query tile
+  shares a segment with, and those of which all see each other; and the same
+  for key tiles, [B, key tiles, 4]."""
+  queries, keys = (x.reshape(x.shape[0], -1, tiling.tile)
+                   for x in (query_segments, segment_ids))
+  shared = ranges_meet(segment_range(queries), segment_range(keys))
+  every = all_see(queries, keys)
+  return tuple(
+      jnp.stack([*covering_run(shared), *gapless_run(every)], axis=-1)
+      for shared, every in ((shared, every), (
+          shared.swapaxes(1, 2), every.swapaxes(1, 2))))

@@ -47,9 +47,8 @@ SIZES = {'padded': (100, 16), 'packed': (100, 16), 'long': (701, 64),
 on_gpu = pytest.mark.gpu
 
 
-def fused(*inputs, tile=64, **options):
-  return fused_attention(
-      *inputs, KernelOptions(tile, interpret=True, **options))
+def fused(*inputs, tile=64):
+  return fused_attention(*inputs, KernelOptions(tile, interpret=True))
 
 
 def fused_on_a_tpu(*inputs):
@@ -138,25 +137,19 @@ def test_chunked_equals_reference(layout, block_size):
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
-@pytest.mark.parametrize('layout, radius, block_size, reach, tiles, products', [
-    ('padded', 7, 0, 6, (1, 1), False), ('padded', 30, 4, 6, (2, 2), False),
-    ('packed', 7, 4, 6, (1, 1), True), ('packed', 15, 16, 2, (2, 1), True),
-    ('long', 7, 4, 6, (1, 1), False), ('long', 20, 2, 40, (2, 4), True),
-    ('mixed', 7, 4, 6, (4, 2), True), ('holes', 7, 4, 6, (1, 1), False),
-    ('holes', 40, 4, 6, (2, 2), True)])
-def test_fused_equals_reference(
-    layout, radius, block_size, reach, tiles, products):
+@pytest.mark.parametrize('layout, radius, block_size, reach', [
+    ('padded', 7, 0, 6), ('padded', 30, 4, 6), ('packed', 7, 4, 6),
+    ('packed', 15, 16, 2), ('long', 7, 4, 6), ('long', 20, 2, 40),
+    ('mixed', 7, 4, 6), ('holes', 7, 4, 6)])
+def test_fused_equals_reference(layout, radius, block_size, reach):
   """A radius below and above a tile; reach within a tile and beyond; blocks as
-  long as a tile; one and several tiles a program, of queries and of keys; near
-  biases gathered and by products."""
+  long as a tile."""
   length, tile = SIZES[layout]
   segment_ids = segments(LAYOUTS[layout], length)
   arrays, with_rest = random_inputs(segment_ids, radius, block_size, reach)
   golden.assert_trees_close(
-      values_and_gradients(
-          functools.partial(fused, tile=tile, query_tiles=tiles[0],
-                            key_tiles=tiles[1], near_products=products),
-          arrays, with_rest, segment_ids),
+      values_and_gradients(functools.partial(fused, tile=tile), arrays,
+                           with_rest, segment_ids),
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
@@ -208,20 +201,18 @@ def segment_values_and_gradients(attend, arrays, ids, dtype=jnp.float32):
 
 
 # Segments that end anywhere, of targets without inputs and the other way
-# round; keys of a tile of queries shared by several programs, or not; one and
-# several tiles a program, of queries and of keys.
-@pytest.mark.parametrize('target_rows, input_rows, programs, tiles', [
-    ([[20], [7]], [[100], [41]], 1, (2, 2)),
-    ([[10, 3, 1, 20], [5, 16]], [[50, 3, 1, 30], [1, 99]], 512, (1, 1)),
-    ([[5, 6, 7], [40]], [[50, 30], [20, 1, 60]], 30, (2, 4))])
+# round; keys of a tile of queries shared by several programs, or not.
+@pytest.mark.parametrize('target_rows, input_rows, programs', [
+    ([[20], [7]], [[100], [41]], 1),
+    ([[10, 3, 1, 20], [5, 16]], [[50, 3, 1, 30], [1, 99]], 512),
+    ([[5, 6, 7], [40]], [[50, 30], [20, 1, 60]], 30)])
 def test_segment_attention_equals_reference(
-    target_rows, input_rows, programs, tiles, monkeypatch):
+    target_rows, input_rows, programs, monkeypatch):
   monkeypatch.setattr(model_segment_attention, '_PROGRAMS', programs)
   arrays, ids = targets_and_inputs(
       target_rows, input_rows, (40, 100), (HEADS, HEAD_SIZE))
   attend = functools.partial(
-      segment_attention, options=KernelOptions(
-          16, *tiles, interpret=True))
+      segment_attention, options=KernelOptions(16, interpret=True))
   golden.assert_trees_close(
       segment_values_and_gradients(attend, arrays, ids),
       segment_values_and_gradients(whole_segments, arrays, ids))
@@ -254,10 +245,7 @@ def check_errors(narrow, exact, dtype):
 
 
 @pytest.mark.parametrize('attend', [
-    functools.partial(fused, tile=16), fused_on_a_tpu,
-    functools.partial(fused, tile=16, query_tiles=2, key_tiles=2,
-                      near_products=True, narrow_bias=True)],
-                         ids=['gpu', 'tpu', 'options'])
+    functools.partial(fused, tile=16), fused_on_a_tpu], ids=['gpu', 'tpu'])
 def test_fused_rounds_as_bfloat16_does(attend):
   segment_ids = segments(LAYOUTS['packed'], 100)
   arrays, with_rest = random_inputs(segment_ids, 7, 4, 6)

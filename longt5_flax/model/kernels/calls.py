@@ -29,21 +29,10 @@ class KernelOptions(NamedTuple):
 
   Attributes:
     tile: tokens of a tile; a power of two, 16 or more. On a TPU always 128.
-    query_tiles: of one program on a GPU, while it goes through tiles of keys;
-      a power of two. The more, the less often keys are read.
-    key_tiles: of one program that goes through tiles of queries, the same.
-    near_products: whether biases of near global tokens come to the scores by a
-      product with one-hot rows, not by rows that are gathered.
-    narrow_bias: whether programs of queries read the local bias in float16,
-      where products are in bfloat16.
     interpret: on any device, slowly, for tests.
     platform: whose kernels, 'gpu' or 'tpu'; empty for the device's.
   """
   tile: int = 64
-  query_tiles: int = 1
-  key_tiles: int = 1
-  near_products: bool = False
-  narrow_bias: bool = False
   interpret: bool = False
   platform: str = ''
 
@@ -53,11 +42,9 @@ class KernelOptions(NamedTuple):
                  jax.lax.Precision.HIGHEST)
     device = jax.local_devices()[0]
     capability = getattr(device, 'compute_capability', '')
-    narrow_bias = self.narrow_bias and dtype == jnp.bfloat16
-    return Tiling(self.tile, self.tile * self.query_tiles,
-                  self.tile * self.key_tiles, precision,
+    return Tiling(self.tile, precision,
                   3 if capability in _LARGE_SHARED_MEMORY else 2,
-                  self.interpret, self.near_products, narrow_bias)
+                  self.interpret)
 
   def for_a_tpu(self) -> bool:
     """Whether the kernels to run are those of TPUs."""

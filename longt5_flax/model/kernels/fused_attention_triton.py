@@ -4,12 +4,12 @@ Long because forward and backward share one geometry: tiles of tokens, tiles of
 global tokens around them, and biases by offset. `fused_attention` says what
 they compute.
 
-A program has one or more tiles of queries, and meets three kinds of key tiles:
+A query tile meets three kinds of key tiles:
 
   local   the tiles whose tokens may lie within the radius. The bias of each
           relative tile is a dense Toeplitz tile with the band cut out.
   near    global tokens within reach, in a window that begins at the same
-          offset from the first block of every program; so one tile of
+          offset from the first block of every query tile; so one tile of
           biases, [rows, near], serves all, spread to tokens by a product with
           a one-hot matrix of the row (block) that each token is in.
   far     global tokens beyond reach on either side: one number a side.
@@ -30,14 +30,18 @@ from jax.experimental import pallas as pl
 from longt5_flax.model.kernels import triton_tiles as tiles
 from longt5_flax.model.kernels.triton_tiles import Rows, Tiling
 
+# Of kernels whose programs have queries: more would leave room for fewer
+# programs on a multiprocessor, and are slower.
+_QUERY_STAGES = 2
+
 
 class Geometry(NamedTuple):
   """What is known when a kernel is compiled.
 
   Attributes:
     tiling: of tokens, and of global tokens.
-    reach_tiles: local tiles on either side of a program's own.
-    rows: of the near bias: blocks that a program's tokens may be in.
+    reach_tiles: local key tiles on either side of a query tile's own.
+    rows: of the near bias: blocks that tokens of a tile may be in.
     near: global tokens of the near window; 0 without global tokens.
   """
   tiling: Tiling
@@ -49,20 +53,19 @@ class Geometry(NamedTuple):
   def tile(self) -> int:
     return self.tiling.tile
 
-  def local_tiles(self, own: int) -> int:
-    """Of a program with `own` tokens."""
-    return 2 * self.reach_tiles + own // self.tile
+  @property
+  def local_tiles(self) -> int:
+    return 2 * self.reach_tiles + 1
 
 
 class Tokens(NamedTuple):
-  """Tokens and their biases, as the kernels take them; L whole tiles of all
-  programs.
+  """Tokens and their biases, as the kernels take them; L whole tiles.
 
   Attributes:
     query, key, value: [B, L, H, K].
     segment_ids: [B, L], 0 is padding.
-    bias: [H, local_tiles, own, tile] in base 2, the band cut out: of a
-      program's own tokens and those of a tile; float32 or float16.
+    bias: [H, local_tiles, tile, tile] in base 2, the band cut out; queries and
+      keys, the other way round for the gradients of keys.
   """
   query: Any
   key: Any
@@ -77,13 +80,13 @@ class Globals(NamedTuple):
   Attributes:
     key, value: [B, P, H, K], padded on both sides so that no window leaves it.
     segment_ids: [B, P], 0 is none.
-    rows: [B, L], which row of the near bias a token has; without a block the
-      last one, and no bias towards far tiles.
-    spans: [B, L / queries, 5]: where the near window of a program begins in
-      P; how many far tiles lie before and behind it; and of how many of them,
-      the nearest, every query sees every key.
-    near_bias: [H, rows + 1, near] in base 2, the last row 0; for products
-      [H, 2 * rows, near] in base e, the higher parts of rows and the lower.
+    rows: [B, L], which row of the near bias a token has; without a block none,
+      `Geometry.rows`, and no bias towards far tiles.
+    spans: [B, L / tile, 5]: where the near window of a query tile begins in P;
+      how many far tiles lie before and behind it; and of how many of them, the
+      nearest, every query sees every key.
+    near_bias: [H, 2 * rows, near] in base e, the higher parts of rows and the
+      lower: operands of products.
     far_bias: [H, 2] in base 2, before and behind.
   """
   key: Any
@@ -99,18 +102,16 @@ class GlobalTiles(NamedTuple):
   """The global tokens once more, as `backward_side` goes through them.
 
   Attributes:
-    key, value: [B, S, H, K], whole tiles of programs.
+    key, value: [B, S, H, K], whole tiles.
     segment_ids: [B, S].
-    bounds: [B, S / keys, 6]: of the query tiles that a program's keys are seen
-      by, from the first to the last: where those begin to which they are far
-      behind, near, far before, and where they end; and from which to before
-      which of them every query sees every key.
+    bounds: [B, S / tile, 6]: of the query tiles that a tile is seen by, from
+      the first to the last: where those begin to which it is far behind, near,
+      far before, and where they end; and from which to before which of them
+      every query sees every key.
     firsts: [B, L / tile], the block that has row 0 of a query tile.
-    rows: as `Globals` has them, of query tiles.
-    bias: [H, offsets + 1, keys] in base 2: row o is the bias at offsets from
-      o - shift on, where `shift` is an argument; the last one is 0. For
-      products [H, 2 * offsets, keys] in base e, of each the higher and the
-      lower part.
+    rows: see `Globals`.
+    bias: [H, 2 * offsets, tile] in base e: of row o, the bias at offsets from
+      o - shift on, where `shift` is an argument, the higher and the lower part.
     far_bias: see `Globals`.
   """
   key: Any
@@ -124,7 +125,7 @@ class GlobalTiles(NamedTuple):
 
 
 class _Side(NamedTuple):
-  """One program's view of the global tokens, inside a kernel."""
+  """One query tile's view of the global tokens, inside a kernel."""
   refs: Globals
   rows: Any
   window: Any
@@ -136,13 +137,11 @@ class _Side(NamedTuple):
   def near(self, geometry, i):
     """The i-th tile of the near window, and its bias."""
     part = tiles.at(i, geometry.tile)
-    if geometry.tiling.near_products:
-      parts = self.refs.near_bias[:, part]
-      bias = tiles.Spread(_one_hot(
-          self.rows, geometry.rows, lambda i: i % geometry.rows, parts), parts)
-    else:
-      bias = self.refs.near_bias[self.rows, part]
-    return self._load(geometry, self.window + i * geometry.tile), bias
+    parts = self.refs.near_bias[:, part]
+    one_hot = _one_hot(
+        self.rows, geometry.rows, lambda i: i % geometry.rows, parts)
+    return (self._load(geometry, self.window + i * geometry.tile),
+            tiles.Spread(one_hot, parts))
 
   def far(self, geometry, is_before, i, is_masked):
     """The i-th far tile on one side, and its bias: one number if no mask is
@@ -178,7 +177,9 @@ class _Side(NamedTuple):
         0, before + self.behind - self.clean_behind, masked, carry)
 
   def _load(self, geometry, start):
-    return tiles.load_keys_at(self.refs, pl.ds(start, geometry.tile))
+    part = pl.ds(start, geometry.tile)
+    return tiles.Keys(self.refs.key[part, :], self.refs.value[part, :],
+                      self.refs.segment_ids[part])
 
 
 def _with_block(geometry, rows, values):
@@ -193,37 +194,34 @@ def _one_hot(rows, count, row_of_part, parts):
   return (row_of_part(part) == rows[:, None]).astype(parts.dtype)
 
 
-def _side(refs, part):
-  return _Side(refs, refs.rows[part], *(refs.spans[i] for i in range(5)))
+def _side(geometry, refs, tile):
+  rows = refs.rows[tiles.at(tile, geometry.tile)]
+  return _Side(refs, rows, *(refs.spans[i] for i in range(5)))
 
 
-def _fold_local(geometry, own, length, body, carry):
-  """Goes through the local tiles of a program with `own` tokens, which may be
-  queries or keys: (tile, its place in the bias, carry) -> carry."""
-  reach, count = geometry.reach_tiles, own // geometry.tile
-  start = pl.program_id(2) * count
-  return jax.lax.fori_loop(
-      jnp.maximum(start - reach, 0),
-      jnp.minimum(start + count + reach, length // geometry.tile),
-      lambda i, carry: body(i, i - start + reach, carry), carry)
+def _local_range(geometry, tile, length):
+  """The local key tiles of a query tile, and as well the other way round."""
+  reach = geometry.reach_tiles
+  return (jnp.maximum(tile - reach, 0),
+          jnp.minimum(tile + reach + 1, length // geometry.tile))
 
 
 def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
+  tile = pl.program_id(2)
   query = tokens.query[...]
-  part = tiles.at(pl.program_id(2), query.shape[0])
-  segments = tokens.segment_ids[part]
+  segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
 
   attend = partial(tiles.attend, geometry.tiling, query, segments)
 
-  def local(j, relative, softmax):
+  def local(j, softmax):
     return attend(tiles.load_keys(geometry.tiling, tokens, j),
-                  tokens.bias[relative].astype(jnp.float32), softmax)
+                  tokens.bias[j - tile + geometry.reach_tiles], softmax)
 
-  softmax = _fold_local(
-      geometry, query.shape[0], tokens.key.shape[0], local,
-      tiles.no_keys(query))
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  softmax = jax.lax.fori_loop(
+      first, end, local, tiles.no_keys(geometry.tiling, query.shape[1]))
   if side_refs is not None:
-    side = _side(side_refs, part)
+    side = _side(geometry, side_refs, tile)
 
     def near(i, softmax):
       keys, bias = side.near(geometry, i)
@@ -246,10 +244,10 @@ def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
 
 def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
                     d_near_ref=None, d_far_ref=None):
+  tile = pl.program_id(2)
   query = tokens.query[...]
-  part = tiles.at(pl.program_id(2), query.shape[0])
-  segments = tokens.segment_ids[part]
-  of_rows = rows.load(part)
+  segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
+  of_rows = rows.load(geometry.tiling, tile)
 
   def add(segments, keys, bias, d_query):
     _, d_scores = tiles.weights_and_gradient(
@@ -257,17 +255,17 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
     return d_scores, d_query + tiles.apart(geometry.tiling, tiles.dot(
         geometry.tiling, d_scores.astype(keys.key.dtype), keys.key))
 
-  def local(j, relative, d_query):
+  def local(j, d_query):
     return add(segments, tiles.load_keys(geometry.tiling, tokens, j),
-               tokens.bias[relative].astype(jnp.float32), d_query)[1]
+               tokens.bias[j - tile + geometry.reach_tiles], d_query)[1]
 
-  d_query = _fold_local(
-      geometry, query.shape[0], tokens.key.shape[0], local,
-      jnp.zeros(query.shape, jnp.float32))
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  d_query = jax.lax.fori_loop(
+      first, end, local, jnp.zeros(query.shape, jnp.float32))
   if side_refs is not None:
-    side = _side(side_refs, part)
+    side = _side(geometry, side_refs, tile)
     rows = jax.lax.broadcasted_iota(
-        jnp.int32, (geometry.rows, query.shape[0]), 0)
+        jnp.int32, (geometry.rows, geometry.tile), 0)
     one_hot = (rows == side.rows[None, :]).astype(query.dtype)
 
     def near(i, d_query):
@@ -287,7 +285,7 @@ def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
 
     d_query = jax.lax.fori_loop(
         0, geometry.near // geometry.tile, near, d_query)
-    zeros = jnp.zeros(query.shape[:1], jnp.float32)
+    zeros = jnp.zeros((geometry.tile,), jnp.float32)
     d_query, *d_far = side.fold_far(
         partial(far, segments), partial(far, None), (d_query, zeros, zeros))
     for i, d_bias in enumerate(d_far):
@@ -302,30 +300,31 @@ def _add_key_gradient(geometry, tokens, rows, i, keys, bias, gradients,
   segments = tokens.segment_ids[part] if is_masked else None
   return tiles.add_key_gradient(
       geometry.tiling, tokens.query[part, :], segments, keys, bias,
-      rows.load(part), gradients)
+      rows.load(geometry.tiling, i), gradients)
 
 
 def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
-  own = geometry.tiling.keys
-  keys = tiles.load_keys_at(tokens, tiles.at(pl.program_id(2), own))
+  tile = pl.program_id(2)
+  keys = tiles.load_keys(geometry.tiling, tokens, tile)
 
-  def of_query_tile(i, relative, gradients):
+  def of_query_tile(i, gradients):
     return _add_key_gradient(
-        geometry, tokens, rows, i, keys, tokens.bias[relative], gradients)
+        geometry, tokens, rows, i, keys,
+        tokens.bias[tile - i + geometry.reach_tiles], gradients)
 
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
-  d_key, d_value = _fold_local(
-      geometry, own, tokens.key.shape[0], of_query_tile, (zeros, zeros))
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  d_key, d_value = jax.lax.fori_loop(
+      first, end, of_query_tile, (zeros, zeros))
   d_key_ref[...] = d_key.astype(d_key_ref.dtype)
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
 
 def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
                    d_value_ref):
-  """Part p of the query tiles that a program's global tokens are seen by."""
-  part, parts = pl.program_id(3), pl.num_programs(3)
+  """Part p of the query tiles that a tile of global tokens is seen by."""
+  tile, part, parts = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
   keys = tiles.Keys(side.key[...], side.value[...], side.segment_ids[...])
-  first_key = pl.program_id(2) * keys.key.shape[0]
   start, near, far, end, clean_first, clean_end = (
       side.bounds[i] for i in range(6))
   size = (end - start + parts - 1) // parts
@@ -334,15 +333,12 @@ def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
 
   def within(i):
     # Rows of the bias go up with the offset, hence down with the block.
-    offset = first_key - side.firsts[i] + shift
+    offset = tile * geometry.tile - side.firsts[i] + shift
     token_rows = side.rows[tiles.at(i, geometry.tile)]
-    if geometry.tiling.near_products:
-      last = geometry.rows - 1
-      parts = side.bias[pl.ds(2 * (offset - last), 2 * geometry.rows), :]
-      return tiles.Spread(_one_hot(
-          token_rows, geometry.rows, lambda i: last - i // 2, parts), parts)
-    return side.bias[jnp.where(token_rows < geometry.rows, offset - token_rows,
-                               side.bias.shape[0] - 1), :].T
+    last = geometry.rows - 1
+    parts = side.bias[pl.ds(2 * (offset - last), 2 * geometry.rows), :]
+    return tiles.Spread(_one_hot(
+        token_rows, geometry.rows, lambda i: last - i // 2, parts), parts)
 
   def add_near(i, gradients):
     return _add_key_gradient(
@@ -380,7 +376,7 @@ def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
     _, d_scores = tiles.weights_and_gradient(
         geometry.tiling, tokens.query[part, :], tokens.segment_ids[part],
         tiles.load_keys(geometry.tiling, tokens, i + relative), bias,
-        rows.load(part))
+        rows.load(geometry.tiling, i))
     return d_bias + d_scores
 
   parts = pl.num_programs(3)
@@ -418,14 +414,13 @@ def forward(geometry: Geometry, tokens: Tokens, side: Globals | None
   """What tokens attend to, [B, L, H, K], and the logarithm in base 2 of each
   softmax's sum, [B, H, L]."""
   batch, length, heads, _ = tokens.query.shape
-  own = geometry.tiling.queries
-  query = tiles.tiles(tokens.query, own)
+  query = tiles.tiles(tokens.query, geometry.tile)
   return tiles.call(
-      # So that three programs fit on a multiprocessor.
-      geometry.tiling._replace(stages=2), own, partial(_forward, geometry),
-      (batch, heads, length // own),
+      geometry.tiling._replace(stages=_QUERY_STAGES),
+      partial(_forward, geometry),
+      (batch, heads, length // geometry.tile),
       [_token_specs(tokens, query), _global_specs(side)],
-      [query, pl.BlockSpec((None, None, own),
+      [query, pl.BlockSpec((None, None, geometry.tile),
                            lambda b, h, i: (b, h, i))],
       [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype),
        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
@@ -436,12 +431,11 @@ def backward_query(
     geometry: Geometry, tokens: Tokens, side: Globals | None, rows: Rows
 ) -> tuple[jax.Array, ...]:
   """The gradient of queries, [B, L, H, K]; with global tokens also those of
-  the near biases, [B, H, L / queries, rows, near], and of the far ones,
-  [B, H, L / queries, 2], of each program by itself."""
+  the near biases, [B, H, L / tile, rows, near], and of the far ones,
+  [B, H, L / tile, 2], of each query tile by itself."""
   batch, length, heads, _ = tokens.query.shape
-  own = geometry.tiling.queries
-  count = length // own
-  query = tiles.tiles(tokens.query, own)
+  count = length // geometry.tile
+  query = tiles.tiles(tokens.query, geometry.tile)
   specs = [query]
   shapes = [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype)]
   if side is not None:
@@ -452,7 +446,8 @@ def backward_query(
     shapes += [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32)
                for shape in (near, (2,))]
   return tiles.call(
-      geometry.tiling, own, partial(_backward_query, geometry),
+      geometry.tiling._replace(stages=_QUERY_STAGES),
+      partial(_backward_query, geometry),
       (batch, heads, count),
       [_token_specs(tokens, query), _global_specs(side), tiles.row_specs(rows)],
       specs, shapes, 'longt5_attention_backward_query')(tokens, side, rows)
@@ -462,12 +457,11 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
                  ) -> tuple[jax.Array, jax.Array]:
   """The gradients of keys and values, [B, L, H, K]."""
   batch, length, heads, _ = tokens.query.shape
-  own = geometry.tiling.keys
-  key = tiles.tiles(tokens.key, own)
+  key = tiles.tiles(tokens.key, geometry.tile)
   shape = jax.ShapeDtypeStruct(tokens.key.shape, tokens.key.dtype)
   return tiles.call(
-      geometry.tiling, own, partial(_backward_key, geometry),
-      (batch, heads, length // own),
+      geometry.tiling, partial(_backward_key, geometry),
+      (batch, heads, length // geometry.tile),
       [_token_specs(tokens, tiles.whole(tokens.query)), tiles.row_specs(rows)],
       [key, key], [shape, shape],
       'longt5_attention_backward_key')(tokens, rows)
@@ -484,22 +478,21 @@ def backward_side(
     geometry, tokens, rows: as of the other kernels.
     side: the global tokens.
     shift: see `GlobalTiles`.
-    parts: programs that share the queries of the same keys.
+    parts: programs that share a tile's queries.
   """
   batch, globals_, heads, size = side.key.shape
-  own = geometry.tiling.keys
-  key = tiles.tiles(side.key, own)
+  key = tiles.tiles(side.key, geometry.tile)
   specs = GlobalTiles(
-      key, key, tiles.tiles(side.segment_ids, own),
+      key, key, tiles.tiles(side.segment_ids, geometry.tile),
       tiles.of_tile(side.bounds), tiles.whole(side.firsts),
       tiles.whole(side.rows), _by_head(side.bias), _by_head(side.far_bias))
-  out = pl.BlockSpec((None, None, own, None, size),
+  out = pl.BlockSpec((None, None, geometry.tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   shape = jax.ShapeDtypeStruct(
       (parts, batch, globals_, heads, size), jnp.float32)
   return tiles.call(
-      geometry.tiling, own, partial(_backward_side, geometry, shift),
-      (batch, heads, globals_ // own, parts),
+      geometry.tiling, partial(_backward_side, geometry, shift),
+      (batch, heads, globals_ // geometry.tile, parts),
       [_token_specs(tokens, tiles.whole(tokens.query)), specs,
        tiles.row_specs(rows)],
       [out, out], [shape, shape], 'longt5_attention_backward_side')(
@@ -523,13 +516,13 @@ def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
   tile = (geometry.tile, geometry.tile)
   bias = pl.BlockSpec((None, None, *tile), lambda h, d, b, p: (h, d, 0, 0))
   return tiles.call(
-      geometry.tiling, geometry.tile, partial(_backward_local_bias, geometry),
-      (heads, tokens.bias.shape[1], batch, parts),
+      geometry.tiling, partial(_backward_local_bias, geometry),
+      (heads, geometry.local_tiles, batch, parts),
       [Tokens(of_row(tokens.query), of_row(tokens.key), of_row(tokens.value),
               of_row(tokens.segment_ids), bias),
        Rows(of_row(rows.gradient), by_head, by_head)],
       pl.BlockSpec((None, None, None, None, *tile),
                    lambda h, d, b, p: (b, p, h, d, 0, 0)),
       jax.ShapeDtypeStruct(
-          (batch, parts, *tokens.bias.shape), jnp.float32),
+          (batch, parts, heads, geometry.local_tiles, *tile), jnp.float32),
       'longt5_attention_backward_local_bias')(tokens, rows)

@@ -19,7 +19,7 @@ from longt5_flax.model.kernels.triton_tiles import Rows, Tiling
 
 
 class Arrays(NamedTuple):
-  """Queries and keys; T and S are whole tiles of programs.
+  """Queries and keys; T and S are whole tiles.
 
   Attributes:
     query: [B, T, H, K].
@@ -65,7 +65,7 @@ def _forward(tiling, arrays, spans, out_ref, lse_ref):
 
   first, end = _share(spans)
   softmax = _fold(first, end, spans, some, every,
-                  tiles.no_keys(query))
+                  tiles.no_keys(tiling, query.shape[1]))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
   tiles.write(softmax, sees, out_ref, lse_ref)
 
@@ -96,7 +96,7 @@ def _backward_key(tiling, arrays, spans, rows, d_key_ref, d_value_ref):
     segments = arrays.query_segments[part] if is_masked else None
     return tiles.add_key_gradient(
         tiling, arrays.query[part, :], segments, keys, 0.0,
-        rows.load(part), gradients)
+        rows.load(tiling, i), gradients)
 
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
   d_key, d_value = _fold(
@@ -123,16 +123,15 @@ def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
             ) -> tuple[jax.Array, jax.Array]:
   """What queries attend to in each part of their keys, [parts, B, T, H, K], and
   the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
-  float32. `spans`: [B, T / queries, 4], from which to before which tile of keys
-  a program's queries see any, and those of which every query sees every key."""
+  float32. `spans`: [B, T / tile, 4], from which to before which tile of keys a
+  tile of queries sees any, and those of which every query sees every key."""
   batch, length, heads, size = arrays.query.shape
-  tile = tiling.queries
+  tile = tiling.tile
   out = pl.BlockSpec((None, None, tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   lse = pl.BlockSpec((None, None, None, tile), lambda b, h, i, p: (p, b, h, i))
   return tiles.call(
-      tiling, tile, partial(_forward, tiling),
-      (batch, heads, length // tile, parts),
+      tiling, partial(_forward, tiling), (batch, heads, length // tile, parts),
       [_specs(arrays, partial(tiles.tiles, size=tile), tiles.whole),
        tiles.of_tile(spans)],
       [out, lse],
@@ -146,10 +145,10 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
   """The gradient of queries, [parts, B, T, H, K] in float32; it is the sum over
   parts. `spans` is that of `forward`."""
   batch, length, heads, size = arrays.query.shape
-  tile = tiling.queries
+  tile = tiling.tile
   row = _row_tiles(rows.lse, tile)
   return tiles.call(
-      tiling, tile, partial(_backward_query, tiling),
+      tiling, partial(_backward_query, tiling),
       (batch, heads, length // tile, parts),
       [_specs(arrays, partial(tiles.tiles, size=tile), tiles.whole),
        tiles.of_tile(spans),
@@ -162,15 +161,15 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
 
 def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows
                  ) -> tuple[jax.Array, jax.Array]:
-  """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / keys, 4],
+  """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / tile, 4],
   as for `forward` the other way round."""
   batch, length, heads, _ = arrays.key.shape
-  key = tiles.tiles(arrays.key, tiling.keys)
+  key = tiles.tiles(arrays.key, tiling.tile)
   shape = jax.ShapeDtypeStruct(arrays.key.shape, arrays.key.dtype)
   return tiles.call(
-      tiling, tiling.keys, partial(_backward_key, tiling),
-      (batch, heads, length // tiling.keys),
-      [_specs(arrays, tiles.whole, partial(tiles.tiles, size=tiling.keys)),
+      tiling, partial(_backward_key, tiling),
+      (batch, heads, length // tiling.tile),
+      [_specs(arrays, tiles.whole, partial(tiles.tiles, size=tiling.tile)),
        tiles.of_tile(spans), tiles.row_specs(rows)],
       [key, key], [shape, shape],
       'longt5_segment_attention_backward_key')(arrays, spans, rows)

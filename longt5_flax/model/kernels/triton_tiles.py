@@ -15,34 +15,26 @@ from jax.experimental.pallas import triton as plgpu
 LOG2_E = 1.4426950408889634
 # Of what a band or segments hide. Finite: a difference of two is 0.
 MASKED = -1e30
-# A warp group's matrix instructions have 64 rows.
-_WARPS_PER_GROUP, _ROWS_PER_GROUP = 4, 64
+_WARPS = 4
 
 
 class Tiling(NamedTuple):
   """What is known of all tiles when a kernel is compiled.
 
   Attributes:
-    tile: tokens of a tile that loops go through, queries or keys.
-    queries: of a program that goes through keys: whole tiles.
-    keys: of a program that goes through queries: whole tiles.
+    tile: tokens of a tile, queries or keys.
     precision: of products of float32 operands.
     stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
-    near_products, narrow_bias: see `KernelOptions`.
   """
   tile: int
-  queries: int
-  keys: int
   precision: jax.lax.Precision
   stages: int
   interpret: bool
-  near_products: bool = False
-  narrow_bias: bool = False
 
 
 class Keys(NamedTuple):
-  """Some keys: [keys, K] twice, and [keys]."""
+  """A tile of keys: [tile, K] twice, and [tile]."""
   key: Any
   value: Any
   segment_ids: Any
@@ -60,7 +52,8 @@ class Rows(NamedTuple):
   lse: Any
   delta: Any
 
-  def load(self, part: Any) -> 'Rows':
+  def load(self, tiling: Tiling, tile: Any) -> 'Rows':
+    part = at(tile, tiling.tile)
     return Rows(self.gradient[part, :], self.lse[part], self.delta[part])
 
 
@@ -74,8 +67,7 @@ class Spread(NamedTuple):
 
 class Softmax(NamedTuple):
   """A softmax over the keys so far: the largest score, the sum of weights
-  relative to it, [queries] both, and the sum of weighted values,
-  [queries, K]."""
+  relative to it, [tile] both, and the sum of weighted values, [tile, K]."""
   top: Any
   total: Any
   output: Any
@@ -108,11 +100,7 @@ def at(index: Any, size: int) -> Any:
 
 def load_keys(tiling: Tiling, refs: Any, tile: Any) -> Keys:
   """A tile of `refs.key`, `refs.value` and `refs.segment_ids`."""
-  return load_keys_at(refs, at(tile, tiling.tile))
-
-
-def load_keys_at(refs: Any, part: Any) -> Keys:
-  """A run of them."""
+  part = at(tile, tiling.tile)
   return Keys(refs.key[part, :], refs.value[part, :], refs.segment_ids[part])
 
 
@@ -133,11 +121,11 @@ def _biased(tiling, products, bias, spread):
   return products * LOG2_E + bias
 
 
-def no_keys(query: Any) -> Softmax:
+def no_keys(tiling: Tiling, size: int) -> Softmax:
   """Where `attend` begins."""
-  return Softmax(jnp.full(query.shape[:1], MASKED, jnp.float32),
-                 jnp.zeros(query.shape[:1], jnp.float32),
-                 jnp.zeros(query.shape, jnp.float32))
+  return Softmax(jnp.full((tiling.tile,), MASKED, jnp.float32),
+                 jnp.zeros((tiling.tile,), jnp.float32),
+                 jnp.zeros((tiling.tile, size), jnp.float32))
 
 
 def attend(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any,
@@ -272,14 +260,12 @@ def row_specs(rows: Rows) -> Rows:
               rows_by_head(rows.delta))
 
 
-def call(tiling: Tiling, rows: int, kernel: Callable[..., None],
-         grid: tuple[int, ...], in_specs: Sequence[Any], out_specs: Any,
-         out_shapes: Any, name: str) -> Any:
-  """The kernel as a function of arrays; `rows` of a program's products, which
-  its warps share."""
+def call(tiling: Tiling, kernel: Callable[..., None], grid: tuple[int, ...],
+         in_specs: Sequence[Any], out_specs: Any, out_shapes: Any, name: str
+         ) -> Any:
+  """The kernel as a function of arrays."""
   return pl.pallas_call(
       kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
       out_shape=out_shapes, interpret=tiling.interpret, name=name,
       compiler_params=plgpu.CompilerParams(
-          num_warps=_WARPS_PER_GROUP * max(1, rows // _ROWS_PER_GROUP),
-          num_stages=tiling.stages))
+          num_warps=_WARPS, num_stages=tiling.stages))
