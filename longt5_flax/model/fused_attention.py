@@ -39,13 +39,19 @@ from longt5_flax.model.kernels.calls import (
     to_operands,
 )
 from longt5_flax.model.kernels.fused_attention_triton import Geometry
-from longt5_flax.model.kernels.triton_tiles import LOG2_E, MASKED, Rows
+from longt5_flax.model.kernels.triton_tiles import (
+    LOG2_E,
+    MASKED,
+    Columns,
+    Rows,
+    which_statistics,
+)
 from longt5_flax.model.relative_position import toeplitz
 
 # Programs that share the work of one tile in the backward pass, where there
 # are few tiles and each has much to do: of the local bias, of global tokens.
 _BIAS_PARTS = 8
-_SIDE_PARTS = 8
+_SIDE_PARTS = 4
 
 
 def fused_attention(
@@ -96,7 +102,8 @@ def _attend(tokens, tables, ids, block_size, dtype, options):
   if block_size:
     reach = tables[1].shape[1] // 2
     blocks = tile // block_size + 2  # That tokens of a tile may be in.
-    rows = max(16, 1 << (blocks - 1).bit_length())
+    # Twice as many are the least that a product takes.
+    rows = max(8, 1 << (blocks - 1).bit_length())
     near = 2 * reach - 2 + blocks
     near += -near % tile
   geometry = Geometry(
@@ -107,8 +114,38 @@ def _attend(tokens, tables, ids, block_size, dtype, options):
     side = *(prepare(x) for x in tokens[3:]), tables[1]
   output = _fused(
       geometry, *(prepare(x, multiple=tile) for x in tokens[:3]), tables[0],
-      segment_ids, layout, side)
+      _segments(geometry, segment_ids), layout, side)
   return output[:, :length, :, :size].astype(tokens[0].dtype)
+
+
+class _Segments(NamedTuple):
+  """Segments of tokens; and where they hide nothing, `kernels.Tokens.clean` of
+  queries, of keys and of tiles of the bias."""
+  ids: Int[Array, 'B L']
+  of_queries: Int[Array, 'B tiles 2']
+  of_keys: Int[Array, 'B tiles 2']
+  of_bias: Int[Array, 'B local_tiles 2']
+
+
+def _segments(geometry, segment_ids):
+  batch, reach = segment_ids.shape[0], geometry.reach_tiles
+  own = segment_ids.reshape(batch, -1, geometry.tile)
+  count = own.shape[1]
+  padded = jnp.pad(own, ((0, 0), (reach, reach), (0, 0)))
+  around = jnp.stack([padded[:, i:i + count]
+                      for i in range(geometry.local_tiles)], axis=2)
+  own, around = (x.reshape(batch * count, -1, geometry.tile)
+                 for x in (own, around))
+  of_queries, of_keys = (
+      x.reshape(batch, count, -1)
+      for x in (all_see(own, around), all_see(around, own)))
+
+  def runs(flags, first):
+    return jnp.stack(gapless_run(flags), axis=-1) + first
+
+  first = jnp.arange(count)[:, None] - reach
+  return _Segments(segment_ids, runs(of_queries, first), runs(of_keys, first),
+                   runs(of_queries.swapaxes(1, 2), 0))
 
 
 class _Layout(NamedTuple):
@@ -138,25 +175,20 @@ def _layout(geometry, reach, segment_ids, side_segments, block_ids):
   side_ids = side_segments[..., None]  # Tiles of one global token.
   first_seen, end_seen = covering_run(
       ranges_meet(of_tokens, segment_range(side_ids)))
-  # Tokens without a block have no bias, which no unmasked tile can express.
-  alike = jnp.where(has_block | (tokens == 0), tokens,
-                    jnp.iinfo(jnp.int32).max - 1)
-  first_clean, end_clean = gapless_run(all_see(alike, side_ids))
   window = firsts - (reach - 1)
-  window_end = window + geometry.near
+  before = _pads(geometry, reach)[0]
   spans = jnp.stack([
-      window + _pads(geometry, reach)[0],
+      window + before,
       -(-jnp.maximum(window - first_seen, 0) // tile),
-      -(-jnp.maximum(end_seen - window_end, 0) // tile),
-      jnp.where(window <= end_clean,
-                jnp.maximum(window - first_clean, 0) // tile, 0),
-      jnp.where(window_end >= first_clean,
-                jnp.maximum(end_clean - window_end, 0) // tile, 0),
-  ], axis=-1)
+      -(-jnp.maximum(end_seen - window - geometry.near, 0) // tile),
+      *(x + before for x in gapless_run(all_see(tokens, side_ids)))], axis=-1)
 
   side_segments = jnp.pad(side_segments, ((0, 0), (0, -num_globals % tile)))
   side_tiles = side_segments.reshape(batch, -1, tile)
   sees = ranges_meet(segment_range(side_tiles), of_tokens)
+  # Tokens without a block have no bias, unlike others of a clean far tile.
+  alike = jnp.where(has_block | (tokens == 0), tokens,
+                    jnp.iinfo(jnp.int32).max - 1)
   clean = all_see(alike, side_tiles).swapaxes(1, 2)
   starts = jnp.arange(0, side_segments.shape[1], tile)[:, None]
   near = jnp.sum(lasts[:, None] + reach <= starts, axis=2)
@@ -174,44 +206,49 @@ def _pads(geometry, reach):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(geometry, query, key, value, bias, segment_ids, layout, side):
+def _fused(geometry, query, key, value, bias, segments, layout, side):
   return _fused_forward(
-      geometry, query, key, value, bias, segment_ids, layout, side)[0]
+      geometry, query, key, value, bias, segments, layout, side)[0]
 
 
-def _fused_forward(geometry, query, key, value, bias, segment_ids, layout,
-                   side):
+def _fused_forward(geometry, query, key, value, bias, segments, layout, side):
   tokens = kernels.Tokens(
-      query, key, value, segment_ids,
-      _banded(geometry, bias.shape[1] // 2, _local_tiles(geometry, bias)))
+      query, key, value, segments.ids,
+      _banded(geometry, bias.shape[1] // 2, _local_tiles(geometry, bias)),
+      segments.of_queries)
   output, lse = kernels.forward(
       geometry, tokens, _globals(geometry, layout, side))
   output, lse = checkpoint_name((output, lse), ATTENDED)
-  return output, (tokens, bias, layout, side, output, lse)
+  return output, (tokens, bias, segments, layout, side, output, lse)
 
 
 def _fused_backward(geometry, residuals, gradient):
-  tokens, bias, layout, side, output, lse = residuals
-  delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
-  rows = Rows(gradient, lse, delta)
+  tokens, bias, segments, layout, side, output, lse = residuals
   arrays = _globals(geometry, layout, side)
-  d_query, *d_rows = kernels.backward_query(geometry, tokens, arrays, rows)
+  d_query, delta, statistics, *d_rows = kernels.backward_query(
+      geometry, tokens, arrays, kernels.Outputs(gradient, lse, output))
+  columns = Columns(gradient, statistics, which_statistics(
+      geometry.tile, gradient.dtype))
   d_key, d_value = kernels.backward_key(
-      geometry, tokens._replace(bias=tokens.bias.swapaxes(2, 3)), rows)
-  d_tiles = kernels.backward_local_bias(geometry, tokens, rows, _BIAS_PARTS)
+      geometry, tokens._replace(
+          bias=tokens.bias.swapaxes(2, 3) * LOG2_E, clean=segments.of_keys),
+      columns)
+  d_tiles = kernels.backward_local_bias(
+      geometry, tokens._replace(clean=segments.of_bias),
+      Rows(gradient, lse, delta), _BIAS_PARTS)
   d_bias, = jax.linear_transpose(partial(_local_tiles, geometry), bias)(
       jnp.sum(d_tiles, axis=(0, 1)))
   d_side = ()
   if side:
     d_side = _side_backward(
-        geometry, tokens, arrays, layout, side, rows, d_rows)
+        geometry, tokens, arrays, layout, side, columns, d_rows)
   return d_query, d_key, d_value, d_bias, None, None, d_side
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
+def _side_backward(geometry, tokens, arrays, layout, side, columns, d_rows):
   key, value, bias = side
   num_globals, reach = key.shape[1], bias.shape[1] // 2
   fill = layout.segment_ids.shape[1] - num_globals
@@ -221,14 +258,18 @@ def _side_backward(geometry, tokens, arrays, layout, side, rows, d_rows):
   shift = reach + geometry.tile + geometry.rows
   offsets = jnp.arange(-shift, reach + geometry.rows)
   index = jnp.clip(offsets[:, None] + jnp.arange(geometry.tile), -reach, reach)
+  # Rows of the bias go up with the offset, hence down with the block.
+  row = geometry.rows - 1 - jnp.arange(2 * geometry.rows) // 2
   tiles = kernels.GlobalTiles(
-      key, value, layout.segment_ids, layout.bounds, layout.firsts, layout.rows,
-      _in_parts(bias[:, index + reach], key.dtype, 2), arrays.far_bias)
+      key, value, layout.segment_ids, layout.bounds, layout.firsts,
+      _in_parts(bias[:, index + reach], key.dtype, 2),
+      (layout.rows[..., None] == row).astype(key.dtype), arrays.far_bias)
   d_key, d_value = (
       jnp.sum(x, axis=0)[:, :num_globals].astype(key.dtype)
       for x in kernels.backward_side(
-          geometry, tokens, tiles, shift, rows, _SIDE_PARTS))
-  d_near, d_far = (jnp.sum(x, axis=(0, 2)) for x in d_rows)
+          geometry, tokens, tiles, shift, columns, _SIDE_PARTS))
+  d_near, d_far = (jnp.sum(x, axis=(0, 2)) for x in (
+      d_rows[0][:, :, :, :geometry.rows], d_rows[1]))
   d_bias, = jax.linear_transpose(partial(_near_rows, geometry), bias)(d_near)
   d_bias = d_bias.at[:, 0].add(d_far[:, 0]).at[:, -1].add(d_far[:, 1])
   return d_key, d_value, d_bias
@@ -287,9 +328,9 @@ def _bits(dtype):
 
 
 def _banded(geometry, radius, tiles):
-  """In base 2, with what lies beyond the radius hidden."""
+  """With what lies beyond the radius hidden."""
   tile = np.arange(geometry.tile)
   relative = np.arange(geometry.local_tiles) - geometry.reach_tiles
   offsets = (relative[:, None, None] * geometry.tile + tile
              - tile[:, None])
-  return jnp.where(np.abs(offsets) <= radius, tiles * LOG2_E, MASKED)
+  return jnp.where(np.abs(offsets) <= radius, tiles, MASKED)

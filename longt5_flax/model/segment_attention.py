@@ -25,7 +25,13 @@ from longt5_flax.model.kernels.calls import (
     segment_range,
     to_operands,
 )
-from longt5_flax.model.kernels.triton_tiles import MASKED, Rows
+from longt5_flax.model.kernels.triton_tiles import (
+    MASKED,
+    Columns,
+    Rows,
+    statistics,
+    which_statistics,
+)
 
 # Programs that fill a GPU, some on each of its 132 multiprocessors; and how
 # many may share the keys of a tile of queries to get there.
@@ -111,7 +117,11 @@ def _backward(tiling, residuals, gradient):
   rows = Rows(gradient, lse, delta)
   d_query = jnp.sum(kernels.backward_query(
       tiling, arrays, key_spans, rows, _parts(tiling, arrays.query)), axis=0)
-  d_key, d_value = kernels.backward_key(tiling, arrays, query_spans, rows)
+  pack = jax.vmap(jax.vmap(partial(statistics, dtype=gradient.dtype)))
+  d_key, d_value = kernels.backward_key(
+      tiling, arrays, query_spans, Columns(
+          gradient, pack(lse, delta), which_statistics(
+              tiling.tile, gradient.dtype)))
   return d_query.astype(arrays.query.dtype), d_key, d_value, None, None
 
 

@@ -28,7 +28,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from longt5_flax.model.kernels import triton_tiles as tiles
-from longt5_flax.model.kernels.triton_tiles import Rows, Tiling
+from longt5_flax.model.kernels.triton_tiles import (
+    LOG2_E,
+    Columns,
+    Rows,
+    Tiling,
+)
 
 # Of kernels whose programs have queries: more would leave room for fewer
 # programs on a multiprocessor, and are slower.
@@ -64,14 +69,19 @@ class Tokens(NamedTuple):
   Attributes:
     query, key, value: [B, L, H, K].
     segment_ids: [B, L], 0 is padding.
-    bias: [H, local_tiles, tile, tile] in base 2, the band cut out; queries and
-      keys, the other way round for the gradients of keys.
+    bias: [H, local_tiles, tile, tile], the band cut out; queries and keys, the
+      other way round and in base 2 for the gradients of keys.
+    clean: [B, L / tile, 2], from which to before which of the tiles within
+      reach of a tile of queries they all see every key; or of query tiles for
+      a tile of keys; or for `backward_local_bias` of query tiles for a tile of
+      the bias, [B, local_tiles, 2].
   """
   query: Any
   key: Any
   value: Any
   segment_ids: Any
   bias: Any
+  clean: Any
 
 
 class Globals(NamedTuple):
@@ -83,10 +93,10 @@ class Globals(NamedTuple):
     rows: [B, L], which row of the near bias a token has; without a block none,
       `Geometry.rows`, and no bias towards far tiles.
     spans: [B, L / tile, 5]: where the near window of a query tile begins in P;
-      how many far tiles lie before and behind it; and of how many of them, the
-      nearest, every query sees every key.
-    near_bias: [H, 2 * rows, near] in base e, the higher parts of rows and the
-      lower: operands of products.
+      how many far tiles lie before and behind it; and from which to before
+      which global token every query sees every key.
+    near_bias: [H, 2 * rows, near], the higher parts of rows and the lower:
+      operands of products.
     far_bias: [H, 2] in base 2, before and behind.
   """
   key: Any
@@ -109,9 +119,9 @@ class GlobalTiles(NamedTuple):
       far before, and where they end; and from which to before which of them
       every query sees every key.
     firsts: [B, L / tile], the block that has row 0 of a query tile.
-    rows: see `Globals`.
-    bias: [H, 2 * offsets, tile] in base e: of row o, the bias at offsets from
-      o - shift on, where `shift` is an argument, the higher and the lower part.
+    bias: [H, 2 * offsets, tile]: of row o, the bias at offsets from o - shift
+      on, where `shift` is an argument, the higher and the lower part.
+    one_hot: [B, L, 2 * rows], which of a query tile's rows of it a token has.
     far_bias: see `Globals`.
   """
   key: Any
@@ -119,67 +129,60 @@ class GlobalTiles(NamedTuple):
   segment_ids: Any
   bounds: Any
   firsts: Any
-  rows: Any
   bias: Any
+  one_hot: Any
   far_bias: Any
+
+
+class Outputs(NamedTuple):
+  """What `backward_query` makes `Rows` of.
+
+  Attributes:
+    gradient, lse: see `Rows`.
+    output: of the forward pass, [B, L, H, K].
+  """
+  gradient: Any
+  lse: Any
+  output: Any
 
 
 class _Side(NamedTuple):
   """One query tile's view of the global tokens, inside a kernel."""
   refs: Globals
   rows: Any
+  segments: Any
+  far_bias: tuple[Any, Any]
   window: Any
   before: Any
   behind: Any
-  clean_before: Any
-  clean_behind: Any
+  clean: tuple[Any, Any]
 
   def near(self, geometry, i):
-    """The i-th tile of the near window, and its bias."""
-    part = tiles.at(i, geometry.tile)
-    parts = self.refs.near_bias[:, part]
-    one_hot = _one_hot(
-        self.rows, geometry.rows, lambda i: i % geometry.rows, parts)
-    return (self._load(geometry, self.window + i * geometry.tile),
-            tiles.Spread(one_hot, parts))
+    """The i-th tile of the near window, its mask, and its bias."""
+    parts = self.refs.near_bias[:, tiles.at(i, geometry.tile)]
+    part = jax.lax.broadcasted_iota(
+        jnp.int32, (geometry.tile, 2 * geometry.rows), 1)
+    one_hot = part % geometry.rows == self.rows[:, None]
+    return (*self._load(geometry, self.window + i * geometry.tile),
+            tiles.Spread(one_hot.astype(parts.dtype), parts))
 
-  def far(self, geometry, is_before, i, is_masked):
-    """The i-th far tile on one side, and its bias: one number if no mask is
-    needed, as every query has a block then."""
-    start = jnp.where(
-        is_before, self.window - (i + 1) * geometry.tile,
-        self.window + geometry.near + i * geometry.tile)
-    bias = self.refs.far_bias[jnp.where(is_before, 0, 1)]
-    if is_masked:
-      bias = _with_block(geometry, self.rows, bias)[:, None]
-    return self._load(geometry, start), bias
-
-  def fold_far(self, some, every, carry):
-    """Goes through the far tiles, (is it before, which one, carry) -> carry:
-    with `every` through those of which every query sees every key, with `some`
-    through others."""
-    def clean(i, carry):
-      is_before = i < self.clean_before
-      return every(
-          is_before, i - jnp.where(is_before, 0, self.clean_before), carry)
-
-    before = self.before - self.clean_before
-
-    def masked(i, carry):
-      is_before = i < before
-      first = jnp.where(
-          is_before, self.clean_before, self.clean_behind - before)
-      return some(is_before, first + i, carry)
-
-    carry = jax.lax.fori_loop(
-        0, self.clean_before + self.clean_behind, clean, carry)
-    return jax.lax.fori_loop(
-        0, before + self.behind - self.clean_behind, masked, carry)
+  def far(self, geometry, i):
+    """The i-th far tile, its mask, its bias of queries, and whether it lies
+    before."""
+    is_before = i < self.before
+    start = self.window + jnp.where(
+        is_before, -(i + 1) * geometry.tile,
+        geometry.near + (i - self.before) * geometry.tile)
+    return (*self._load(geometry, start),
+            jnp.where(is_before, *self.far_bias), is_before)
 
   def _load(self, geometry, start):
     part = pl.ds(start, geometry.tile)
-    return tiles.Keys(self.refs.key[part, :], self.refs.value[part, :],
-                      self.refs.segment_ids[part])
+    is_clean = (self.clean[0] <= start) & (
+        start + geometry.tile <= self.clean[1])
+    return tiles.load_keys(self.refs, part), tiles.Mask(
+        is_clean, lambda scores: tiles.hidden(
+            scores, self.segments, self.refs.segment_ids[part]))
 
 
 def _with_block(geometry, rows, values):
@@ -187,16 +190,13 @@ def _with_block(geometry, rows, values):
   return jnp.where(rows < geometry.rows, values, 0)
 
 
-def _one_hot(rows, count, row_of_part, parts):
-  """[tokens, parts]: which parts are of the row that a token has."""
-  shape = rows.shape[0], 2 * count
-  part = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-  return (row_of_part(part) == rows[:, None]).astype(parts.dtype)
-
-
-def _side(geometry, refs, tile):
+def _side(geometry, refs, tile, segments):
   rows = refs.rows[tiles.at(tile, geometry.tile)]
-  return _Side(refs, rows, *(refs.spans[i] for i in range(5)))
+  window, before, behind, *clean = (refs.spans[i] for i in range(5))
+  far_bias = tuple(
+      _with_block(geometry, rows, refs.far_bias[i]) for i in range(2))
+  return _Side(
+      refs, rows, segments, far_bias, window, before, behind, tuple(clean))
 
 
 def _local_range(geometry, tile, length):
@@ -206,111 +206,122 @@ def _local_range(geometry, tile, length):
           jnp.minimum(tile + reach + 1, length // geometry.tile))
 
 
+def _fold_local(geometry, tokens, tile, segments, body, carry):
+  """Goes through the tiles of keys near a tile of queries: (keys, mask, bias,
+  carry) -> carry."""
+  clean = tiles.span(tokens.clean)
+
+  def step(j, carry):
+    part = tiles.at(j, geometry.tile)
+    mask = tiles.Mask(
+        tiles.within(clean, j), lambda scores: tiles.hidden(
+            scores, segments, tokens.segment_ids[part]))
+    return body(tiles.load_keys(tokens, part), mask,
+                tokens.bias[j - tile + geometry.reach_tiles], carry)
+
+  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  return jax.lax.fori_loop(first, end, step, carry)
+
+
 def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
   tile = pl.program_id(2)
   query = tokens.query[...]
   segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
 
-  attend = partial(tiles.attend, geometry.tiling, query, segments)
+  def attend(keys, mask, bias, softmax, shift=0.0):
+    return tiles.attend(
+        geometry.tiling, query, keys, bias, mask, softmax, shift)
 
-  def local(j, softmax):
-    return attend(tiles.load_keys(geometry.tiling, tokens, j),
-                  tokens.bias[j - tile + geometry.reach_tiles], softmax)
-
-  first, end = _local_range(geometry, tile, tokens.key.shape[0])
-  softmax = jax.lax.fori_loop(
-      first, end, local, tiles.no_keys(geometry.tiling, query.shape[1]))
+  softmax = _fold_local(
+      geometry, tokens, tile, segments, attend,
+      tiles.no_keys(geometry.tiling, query.shape[1]))
   if side_refs is not None:
-    side = _side(geometry, side_refs, tile)
+    side = _side(geometry, side_refs, tile, segments)
 
     def near(i, softmax):
-      keys, bias = side.near(geometry, i)
-      return attend(keys, bias, softmax)
+      keys, mask, bias = side.near(geometry, i)
+      return attend(keys, mask, bias, softmax)
 
-    def some(is_before, i, softmax):
-      keys, bias = side.far(geometry, is_before, i, True)
-      return attend(keys, bias, softmax)
-
-    def every(is_before, i, softmax):
-      keys, bias = side.far(geometry, is_before, i, False)
-      return tiles.attend_to_all(geometry.tiling, query, keys, bias, softmax)
+    def far(i, softmax):
+      keys, mask, shift, _ = side.far(geometry, i)
+      return attend(keys, mask, None, softmax, shift)
 
     softmax = jax.lax.fori_loop(
         0, geometry.near // geometry.tile, near, softmax)
-    softmax = side.fold_far(some, every, softmax)
+    softmax = jax.lax.fori_loop(0, side.before + side.behind, far, softmax)
   # A real token sees itself.
   tiles.write(softmax, segments > 0, out_ref, lse_ref)
 
 
-def _backward_query(geometry, tokens, side_refs, rows, d_query_ref,
-                    d_near_ref=None, d_far_ref=None):
+def _backward_query(geometry, tokens, side_refs, outputs, d_query_ref,
+                    delta_ref, statistics_ref, *side_bias_refs):
   tile = pl.program_id(2)
   query = tokens.query[...]
   segments = tokens.segment_ids[tiles.at(tile, geometry.tile)]
-  of_rows = rows.load(geometry.tiling, tile)
+  gradient = outputs.gradient[...]
+  of_rows = Rows(gradient, outputs.lse[...], jnp.sum(
+      gradient.astype(jnp.float32) * outputs.output[...], axis=1))
+  delta_ref[...] = of_rows.delta
+  statistics_ref[...] = tiles.statistics(
+      of_rows.lse, of_rows.delta, gradient.dtype)
 
-  def add(segments, keys, bias, d_query):
-    _, d_scores = tiles.weights_and_gradient(
-        geometry.tiling, query, segments, keys, bias, of_rows)
+  def add(keys, mask, bias, d_query, shift=0.0):
+    d_scores = tiles.score_gradient(
+        geometry.tiling, query, keys, bias, mask, of_rows, shift)
     return d_scores, d_query + tiles.apart(geometry.tiling, tiles.dot(
         geometry.tiling, d_scores.astype(keys.key.dtype), keys.key))
 
-  def local(j, d_query):
-    return add(segments, tiles.load_keys(geometry.tiling, tokens, j),
-               tokens.bias[j - tile + geometry.reach_tiles], d_query)[1]
+  def local(keys, mask, bias, d_query):
+    return add(keys, mask, bias, d_query)[1]
 
-  first, end = _local_range(geometry, tile, tokens.key.shape[0])
-  d_query = jax.lax.fori_loop(
-      first, end, local, jnp.zeros(query.shape, jnp.float32))
+  d_query = _fold_local(
+      geometry, tokens, tile, segments, local,
+      jnp.zeros(query.shape, jnp.float32))
   if side_refs is not None:
-    side = _side(geometry, side_refs, tile)
-    rows = jax.lax.broadcasted_iota(
-        jnp.int32, (geometry.rows, geometry.tile), 0)
-    one_hot = (rows == side.rows[None, :]).astype(query.dtype)
+    side = _side(geometry, side_refs, tile, segments)
+    d_near_ref, d_far_ref = side_bias_refs
 
     def near(i, d_query):
-      keys, bias = side.near(geometry, i)
-      d_scores, d_query = add(segments, keys, bias, d_query)
+      keys, mask, bias = side.near(geometry, i)
+      d_scores, d_query = add(keys, mask, bias, d_query)
+      # Of every part, hence the same for both of a row.
       d_near_ref[:, tiles.at(i, geometry.tile)] = tiles.dot(
-          geometry.tiling, one_hot, d_scores.astype(query.dtype))
+          geometry.tiling, bias.one_hot.T, d_scores.astype(query.dtype))
       return d_query
 
-    def far(segments, is_before, i, carry):
+    def far(i, carry):
       d_query, d_before, d_behind = carry
-      keys, bias = side.far(geometry, is_before, i, segments is not None)
-      d_scores, d_query = add(segments, keys, bias, d_query)
-      d_bias = _with_block(geometry, side.rows, jnp.sum(d_scores, axis=1))
+      keys, mask, shift, is_before = side.far(geometry, i)
+      d_scores, d_query = add(keys, mask, None, d_query, shift)
+      d_bias = jnp.sum(d_scores, axis=1)
       return (d_query, d_before + jnp.where(is_before, d_bias, 0),
               d_behind + jnp.where(is_before, 0, d_bias))
 
     d_query = jax.lax.fori_loop(
         0, geometry.near // geometry.tile, near, d_query)
     zeros = jnp.zeros((geometry.tile,), jnp.float32)
-    d_query, *d_far = side.fold_far(
-        partial(far, segments), partial(far, None), (d_query, zeros, zeros))
+    d_query, *d_far = jax.lax.fori_loop(
+        0, side.before + side.behind, far, (d_query, zeros, zeros))
     for i, d_bias in enumerate(d_far):
-      d_far_ref[i] = jnp.sum(d_bias)
+      d_far_ref[i] = jnp.sum(_with_block(geometry, side.rows, d_bias))
   d_query_ref[...] = d_query.astype(d_query_ref.dtype)
 
 
-def _add_key_gradient(geometry, tokens, rows, i, keys, bias, gradients,
-                      is_masked=True):
-  """Adds what the i-th query tile says of a tile of keys and values."""
-  part = tiles.at(i, geometry.tile)
-  segments = tokens.segment_ids[part] if is_masked else None
-  return tiles.add_key_gradient(
-      geometry.tiling, tokens.query[part, :], segments, keys, bias,
-      rows.load(geometry.tiling, i), gradients)
-
-
-def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
+def _backward_key(geometry, tokens, columns, d_key_ref, d_value_ref):
   tile = pl.program_id(2)
-  keys = tiles.load_keys(geometry.tiling, tokens, tile)
+  own = tiles.at(tile, geometry.tile)
+  keys, segments = tiles.load_keys(tokens, own), tokens.segment_ids[own]
+  clean, columns = tiles.span(tokens.clean), columns.hold()
 
   def of_query_tile(i, gradients):
-    return _add_key_gradient(
-        geometry, tokens, rows, i, keys,
-        tokens.bias[tile - i + geometry.reach_tiles], gradients)
+    part = tiles.at(i, geometry.tile)
+    mask = tiles.Mask(
+        tiles.within(clean, i), lambda scores: tiles.hidden(
+            scores, segments, tokens.segment_ids[part]))
+    return tiles.add_key_gradient(
+        geometry.tiling, tokens.query[part, :], keys, None, mask,
+        columns.load(part), gradients,
+        tokens.bias[tile - i + geometry.reach_tiles])
 
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
   first, end = _local_range(geometry, tile, tokens.key.shape[0])
@@ -320,48 +331,47 @@ def _backward_key(geometry, tokens, rows, d_key_ref, d_value_ref):
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
 
-def _backward_side(geometry, shift, tokens, side, rows, d_key_ref,
+def _backward_side(geometry, shift, tokens, side, columns, d_key_ref,
                    d_value_ref):
   """Part p of the query tiles that a tile of global tokens is seen by."""
   tile, part, parts = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  keys = tiles.Keys(side.key[...], side.value[...], side.segment_ids[...])
-  start, near, far, end, clean_first, clean_end = (
-      side.bounds[i] for i in range(6))
+  keys = tiles.Keys(side.key[...], side.value[...])
+  segments, columns = side.segment_ids[...], columns.hold()
+  start, near, far, end, *clean = (side.bounds[i] for i in range(6))
+  far_bias = side.far_bias[1], side.far_bias[0]
   size = (end - start + parts - 1) // parts
   start = start + part * size
   end = jnp.maximum(start, jnp.minimum(start + size, end))
+  near, far = tiles.clip_span((near, far), start, end)
 
-  def within(i):
-    # Rows of the bias go up with the offset, hence down with the block.
-    offset = tile * geometry.tile - side.firsts[i] + shift
-    token_rows = side.rows[tiles.at(i, geometry.tile)]
-    last = geometry.rows - 1
-    parts = side.bias[pl.ds(2 * (offset - last), 2 * geometry.rows), :]
-    return tiles.Spread(_one_hot(
-        token_rows, geometry.rows, lambda i: last - i // 2, parts), parts)
+  def add(i, spread, gradients, bias=0.0):
+    part = tiles.at(i, geometry.tile)
+
+    def hide(scores):
+      if spread is None:
+        has_block = jnp.max(side.one_hot[part, :].astype(jnp.float32), axis=1)
+        scores -= ((1 - has_block) * bias / LOG2_E)[None, :]
+      return tiles.hidden(scores, segments, tokens.segment_ids[part])
+
+    mask = tiles.Mask(tiles.within(clean, i), hide)
+    return tiles.add_key_gradient(
+        geometry.tiling, tokens.query[part, :], keys, spread, mask,
+        columns.load(part), gradients, bias)
 
   def add_near(i, gradients):
-    return _add_key_gradient(
-        geometry, tokens, rows, i, keys, within(i), gradients)
+    offset = tile * geometry.tile - side.firsts[i] + shift
+    start = 2 * (offset - geometry.rows + 1)
+    return add(i, tiles.Spread(
+        side.one_hot[tiles.at(i, geometry.tile), :],
+        side.bias[pl.ds(start, 2 * geometry.rows), :]), gradients)
 
-  def add_far(bias, is_masked, i, gradients):
-    if is_masked:
-      token_rows = side.rows[tiles.at(i, geometry.tile)]
-      bias = _with_block(geometry, token_rows, bias)[None, :]
-    return _add_key_gradient(
-        geometry, tokens, rows, i, keys, bias, gradients, is_masked)
+  def add_far(i, gradients):
+    return add(i, None, gradients, jnp.where(i < near, *far_bias))
 
-  near, far = tiles.clip_span((near, far), start, end)
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
   gradients = jax.lax.fori_loop(near, far, add_near, (zeros, zeros))
-  for bias, first, last in ((side.far_bias[1], start, near),
-                            (side.far_bias[0], far, end)):
-    hole = tiles.clip_span((clean_first, clean_end), first, last)
-    gradients = tiles.fold_around(
-        first, last, hole, partial(add_far, bias, True), gradients)
-    gradients = jax.lax.fori_loop(
-        *hole, partial(add_far, bias, False), gradients)
-  d_key_ref[...], d_value_ref[...] = gradients
+  d_key_ref[...], d_value_ref[...] = tiles.fold_around(
+      start, end, (near, far), add_far, gradients)
 
 
 def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
@@ -370,14 +380,17 @@ def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
   relative = pl.program_id(1) - geometry.reach_tiles
   bias = tokens.bias[...]
   count = tokens.query.shape[0] // geometry.tile
+  clean = tiles.span(tokens.clean)
 
   def of_query_tile(i, d_bias):
     part = tiles.at(i, geometry.tile)
-    _, d_scores = tiles.weights_and_gradient(
-        geometry.tiling, tokens.query[part, :], tokens.segment_ids[part],
-        tiles.load_keys(geometry.tiling, tokens, i + relative), bias,
-        rows.load(geometry.tiling, i))
-    return d_bias + d_scores
+    of_keys = tiles.at(i + relative, geometry.tile)
+    mask = tiles.Mask(
+        tiles.within(clean, i), lambda scores: tiles.hidden(
+            scores, tokens.segment_ids[part], tokens.segment_ids[of_keys]))
+    return d_bias + tiles.score_gradient(
+        geometry.tiling, tokens.query[part, :],
+        tiles.load_keys(tokens, of_keys), bias, mask, rows.load(part))
 
   parts = pl.num_programs(3)
   size = (count + parts - 1) // parts
@@ -396,7 +409,8 @@ def _by_head(x):
 
 def _token_specs(tokens, query):
   return Tokens(query, tiles.whole(tokens.key), tiles.whole(tokens.value),
-                tiles.whole(tokens.segment_ids), _by_head(tokens.bias))
+                tiles.whole(tokens.segment_ids), _by_head(tokens.bias),
+                tiles.of_tile(tokens.clean))
 
 
 def _global_specs(side):
@@ -415,31 +429,38 @@ def forward(geometry: Geometry, tokens: Tokens, side: Globals | None
   softmax's sum, [B, H, L]."""
   batch, length, heads, _ = tokens.query.shape
   query = tiles.tiles(tokens.query, geometry.tile)
+  lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
   return tiles.call(
       geometry.tiling._replace(stages=_QUERY_STAGES),
       partial(_forward, geometry),
       (batch, heads, length // geometry.tile),
       [_token_specs(tokens, query), _global_specs(side)],
-      [query, pl.BlockSpec((None, None, geometry.tile),
-                           lambda b, h, i: (b, h, i))],
-      [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype),
-       jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
+      [query, tiles.row_tiles(lse, geometry.tile)],
+      [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype), lse],
       'longt5_attention_forward')(tokens, side)
 
 
 def backward_query(
-    geometry: Geometry, tokens: Tokens, side: Globals | None, rows: Rows
+    geometry: Geometry, tokens: Tokens, side: Globals | None, outputs: Outputs
 ) -> tuple[jax.Array, ...]:
-  """The gradient of queries, [B, L, H, K]; with global tokens also those of
-  the near biases, [B, H, L / tile, rows, near], and of the far ones,
-  [B, H, L / tile, 2], of each query tile by itself."""
+  """The gradient of queries, [B, L, H, K], `Rows.delta` and
+  `Columns.statistics`; with global tokens also the gradients of the near
+  biases, [B, H, L / tile, 2 * rows, near], where the second half repeats the
+  first, and of the far ones, [B, H, L / tile, 2], of each query tile by itself.
+  """
   batch, length, heads, _ = tokens.query.shape
   count = length // geometry.tile
   query = tiles.tiles(tokens.query, geometry.tile)
-  specs = [query]
-  shapes = [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype)]
+  row = tiles.row_tiles(outputs.lse, geometry.tile)
+  statistics = pl.BlockSpec((None, None, geometry.tile, tiles.STATISTICS),
+                            lambda b, h, i: (b, h, i, 0))
+  specs = [query, row, statistics]
+  shapes = [jax.ShapeDtypeStruct(tokens.query.shape, tokens.query.dtype),
+            jax.ShapeDtypeStruct(outputs.lse.shape, jnp.float32),
+            jax.ShapeDtypeStruct((*outputs.lse.shape, tiles.STATISTICS),
+                                 tokens.query.dtype)]
   if side is not None:
-    near = (geometry.rows, geometry.near)
+    near = (2 * geometry.rows, geometry.near)
     specs += [pl.BlockSpec((None, None, None, *near),
                            lambda b, h, i: (b, h, i, 0, 0)),
               pl.BlockSpec((None, None, None, 2), lambda b, h, i: (b, h, i, 0))]
@@ -449,11 +470,12 @@ def backward_query(
       geometry.tiling._replace(stages=_QUERY_STAGES),
       partial(_backward_query, geometry),
       (batch, heads, count),
-      [_token_specs(tokens, query), _global_specs(side), tiles.row_specs(rows)],
-      specs, shapes, 'longt5_attention_backward_query')(tokens, side, rows)
+      [_token_specs(tokens, query), _global_specs(side),
+       Outputs(query, row, query)],
+      specs, shapes, 'longt5_attention_backward_query')(tokens, side, outputs)
 
 
-def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
+def backward_key(geometry: Geometry, tokens: Tokens, columns: Columns
                  ) -> tuple[jax.Array, jax.Array]:
   """The gradients of keys and values, [B, L, H, K]."""
   batch, length, heads, _ = tokens.query.shape
@@ -462,20 +484,21 @@ def backward_key(geometry: Geometry, tokens: Tokens, rows: Rows
   return tiles.call(
       geometry.tiling, partial(_backward_key, geometry),
       (batch, heads, length // geometry.tile),
-      [_token_specs(tokens, tiles.whole(tokens.query)), tiles.row_specs(rows)],
+      [_token_specs(tokens, tiles.whole(tokens.query)),
+       tiles.column_specs(columns)],
       [key, key], [shape, shape],
-      'longt5_attention_backward_key')(tokens, rows)
+      'longt5_attention_backward_key')(tokens, columns)
 
 
 def backward_side(
     geometry: Geometry, tokens: Tokens, side: GlobalTiles, shift: int,
-    rows: Rows, parts: int
+    columns: Columns, parts: int
 ) -> tuple[jax.Array, jax.Array]:
   """The gradients of global keys and values, [parts, B, S, H, K] in float32;
   they are the sums over parts.
 
   Args:
-    geometry, tokens, rows: as of the other kernels.
+    geometry, tokens, columns: as of the other kernels.
     side: the global tokens.
     shift: see `GlobalTiles`.
     parts: programs that share a tile's queries.
@@ -485,7 +508,9 @@ def backward_side(
   specs = GlobalTiles(
       key, key, tiles.tiles(side.segment_ids, geometry.tile),
       tiles.of_tile(side.bounds), tiles.whole(side.firsts),
-      tiles.whole(side.rows), _by_head(side.bias), _by_head(side.far_bias))
+      _by_head(side.bias),
+      pl.BlockSpec((None, *side.one_hot.shape[1:]), lambda b, *_: (b, 0, 0)),
+      _by_head(side.far_bias))
   out = pl.BlockSpec((None, None, geometry.tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   shape = jax.ShapeDtypeStruct(
@@ -494,9 +519,9 @@ def backward_side(
       geometry.tiling, partial(_backward_side, geometry, shift),
       (batch, heads, globals_ // geometry.tile, parts),
       [_token_specs(tokens, tiles.whole(tokens.query)), specs,
-       tiles.row_specs(rows)],
+       tiles.column_specs(columns)],
       [out, out], [shape, shape], 'longt5_attention_backward_side')(
-          tokens, side, rows)
+          tokens, side, columns)
 
 
 def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
@@ -519,7 +544,8 @@ def backward_local_bias(geometry: Geometry, tokens: Tokens, rows: Rows,
       geometry.tiling, partial(_backward_local_bias, geometry),
       (heads, geometry.local_tiles, batch, parts),
       [Tokens(of_row(tokens.query), of_row(tokens.key), of_row(tokens.value),
-              of_row(tokens.segment_ids), bias),
+              of_row(tokens.segment_ids), bias,
+              pl.BlockSpec((None, None, 2), lambda h, d, b, p: (b, d, 0))),
        Rows(of_row(rows.gradient), by_head, by_head)],
       pl.BlockSpec((None, None, None, None, *tile),
                    lambda h, d, b, p: (b, p, h, d, 0, 0)),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from longt5_flax.model.kernels import triton_tiles as tiles
-from longt5_flax.model.kernels.triton_tiles import Rows, Tiling
+from longt5_flax.model.kernels.triton_tiles import Columns, Rows, Tiling
 
 
 class Arrays(NamedTuple):
@@ -34,13 +34,8 @@ class Arrays(NamedTuple):
   segment_ids: Any
 
 
-def _fold(first, end, spans, some, every, carry):
-  """Goes through the tiles from `first` to `end`: with `every` through those of
-  which every key and every query see each other, with `some` through others."""
-  end = jnp.maximum(first, end)
-  hole = tiles.clip_span((spans[2], spans[3]), first, end)
-  carry = tiles.fold_around(first, end, hole, some, carry)
-  return jax.lax.fori_loop(*hole, every, carry)
+def _load_spans(ref):
+  return tuple(ref[i] for i in range(4))
 
 
 def _share(spans):
@@ -52,56 +47,61 @@ def _share(spans):
   return first, jnp.minimum(first + size, end)
 
 
-def _forward(tiling, arrays, spans, out_ref, lse_ref):
+def _key_tile(tiling, arrays, spans, segments, j):
+  """A tile of keys, and its mask."""
+  part = tiles.at(j, tiling.tile)
+  return tiles.load_keys(arrays, part), tiles.Mask(
+      tiles.within(spans[2:], j), lambda scores: tiles.hidden(
+          scores, segments, arrays.segment_ids[part]))
+
+
+def _forward(tiling, arrays, span_ref, out_ref, lse_ref):
   query, segments = arrays.query[...], arrays.query_segments[...]
+  spans = _load_spans(span_ref)
 
-  def some(j, softmax):
-    return tiles.attend(tiling, query, segments,
-                        tiles.load_keys(tiling, arrays, j), 0.0, softmax)
-
-  def every(j, softmax):
-    return tiles.attend_to_all(
-        tiling, query, tiles.load_keys(tiling, arrays, j), 0.0, softmax)
+  def add(j, softmax):
+    keys, mask = _key_tile(tiling, arrays, spans, segments, j)
+    return tiles.attend(tiling, query, keys, None, mask, softmax)
 
   first, end = _share(spans)
-  softmax = _fold(first, end, spans, some, every,
-                  tiles.no_keys(tiling, query.shape[1]))
+  softmax = jax.lax.fori_loop(
+      first, end, add, tiles.no_keys(tiling, query.shape[1]))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
   tiles.write(softmax, sees, out_ref, lse_ref)
 
 
-def _backward_query(tiling, arrays, spans, rows, d_query_ref):
+def _backward_query(tiling, arrays, span_ref, rows, d_query_ref):
   query, segments = arrays.query[...], arrays.query_segments[...]
   rows = Rows(*(ref[...] for ref in rows))
+  spans = _load_spans(span_ref)
 
-  def add(segments, j, d_query):
-    keys = tiles.load_keys(tiling, arrays, j)
-    _, d_scores = tiles.weights_and_gradient(
-        tiling, query, segments, keys, 0.0, rows)
+  def add(j, d_query):
+    keys, mask = _key_tile(tiling, arrays, spans, segments, j)
+    d_scores = tiles.score_gradient(tiling, query, keys, None, mask, rows)
     return d_query + tiles.dot(
         tiling, d_scores.astype(keys.key.dtype), keys.key)
 
   first, end = _share(spans)
-  d_query_ref[...] = _fold(
-      first, end, spans, partial(add, segments), partial(add, None),
-      jnp.zeros(query.shape, jnp.float32))
+  d_query_ref[...] = jax.lax.fori_loop(
+      first, end, add, jnp.zeros(query.shape, jnp.float32))
 
 
-def _backward_key(tiling, arrays, spans, rows, d_key_ref, d_value_ref):
-  keys = tiles.Keys(
-      arrays.key[...], arrays.value[...], arrays.segment_ids[...])
+def _backward_key(tiling, arrays, span_ref, columns, d_key_ref, d_value_ref):
+  keys = tiles.Keys(arrays.key[...], arrays.value[...])
+  segments, columns = arrays.segment_ids[...], columns.hold()
+  first, end, *clean = _load_spans(span_ref)
 
-  def add(is_masked, i, gradients):
+  def add(i, gradients):
     part = tiles.at(i, tiling.tile)
-    segments = arrays.query_segments[part] if is_masked else None
+    mask = tiles.Mask(
+        tiles.within(clean, i), lambda scores: tiles.hidden(
+            scores, segments, arrays.query_segments[part]))
     return tiles.add_key_gradient(
-        tiling, arrays.query[part, :], segments, keys, 0.0,
-        rows.load(tiling, i), gradients)
+        tiling, arrays.query[part, :], keys, None, mask, columns.load(part),
+        gradients)
 
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
-  d_key, d_value = _fold(
-      spans[0], spans[1], spans, partial(add, True), partial(add, False),
-      (zeros, zeros))
+  d_key, d_value = jax.lax.fori_loop(first, end, add, (zeros, zeros))
   d_key_ref[...] = d_key.astype(d_key_ref.dtype)
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
@@ -112,11 +112,6 @@ def _specs(arrays, queries, keys):
   return Arrays(
       queries(arrays.query), queries(arrays.query_segments), keys(arrays.key),
       keys(arrays.value), keys(arrays.segment_ids))
-
-
-def _row_tiles(x, size):
-  """[B, H, L]: the program's tile of it."""
-  return pl.BlockSpec((None, None, size), lambda b, h, i, *_: (b, h, i))
 
 
 def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
@@ -146,7 +141,7 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
   parts. `spans` is that of `forward`."""
   batch, length, heads, size = arrays.query.shape
   tile = tiling.tile
-  row = _row_tiles(rows.lse, tile)
+  row = tiles.row_tiles(rows.lse, tile)
   return tiles.call(
       tiling, partial(_backward_query, tiling),
       (batch, heads, length // tile, parts),
@@ -159,8 +154,8 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
       'longt5_segment_attention_backward_query')(arrays, spans, rows)
 
 
-def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows
-                 ) -> tuple[jax.Array, jax.Array]:
+def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array,
+                 columns: Columns) -> tuple[jax.Array, jax.Array]:
   """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / tile, 4],
   as for `forward` the other way round."""
   batch, length, heads, _ = arrays.key.shape
@@ -170,6 +165,6 @@ def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows
       tiling, partial(_backward_key, tiling),
       (batch, heads, length // tiling.tile),
       [_specs(arrays, tiles.whole, partial(tiles.tiles, size=tiling.tile)),
-       tiles.of_tile(spans), tiles.row_specs(rows)],
+       tiles.of_tile(spans), tiles.column_specs(columns)],
       [key, key], [shape, shape],
-      'longt5_segment_attention_backward_key')(arrays, spans, rows)
+      'longt5_segment_attention_backward_key')(arrays, spans, columns)

@@ -1,7 +1,7 @@
 """What the GPU kernels of attention share: one tile of queries and one of keys,
 how arrays are cut into tiles, and how a kernel is called.
 
-Scores are in base 2: exp2 is the instruction that GPUs have.
+Softmaxes are in base 2: exp2 is the instruction that GPUs have.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,9 @@ from jax.experimental.pallas import triton as plgpu
 LOG2_E = 1.4426950408889634
 # Of what a band or segments hide. Finite: a difference of two is 0.
 MASKED = -1e30
+# The columns of `statistics`: products are no less deep. Parts of a number in
+# them, and the bits that a bfloat16 has of a float32.
+STATISTICS, _PARTS, _BFLOAT16 = 16, 3, -(1 << 16)
 _WARPS = 4
 
 
@@ -34,10 +37,21 @@ class Tiling(NamedTuple):
 
 
 class Keys(NamedTuple):
-  """A tile of keys: [tile, K] twice, and [tile]."""
+  """A tile of keys: [tile, K] twice."""
   key: Any
   value: Any
-  segment_ids: Any
+
+
+class Mask(NamedTuple):
+  """Which keys of a tile the queries see.
+
+  Attributes:
+    is_clean: whether each sees every one.
+    hide: scores -> scores with `hidden` ones, used if not. So a tile where
+      nothing is hidden has a fifth fewer instructions, and reads no segments.
+  """
+  is_clean: Any
+  hide: Callable[[Any], Any]
 
 
 class Rows(NamedTuple):
@@ -52,15 +66,34 @@ class Rows(NamedTuple):
   lse: Any
   delta: Any
 
-  def load(self, tiling: Tiling, tile: Any) -> 'Rows':
-    part = at(tile, tiling.tile)
+  def load(self, part: Any) -> 'Rows':
     return Rows(self.gradient[part, :], self.lse[part], self.delta[part])
 
 
+class Columns(NamedTuple):
+  """`Rows` for `add_key_gradient`, where queries are columns.
+
+  Attributes:
+    gradient: [B, L, H, K].
+    statistics: see there, [B, H, L, 16].
+    which: see `which_statistics`, [2, tile, 16].
+  """
+  gradient: Any
+  statistics: Any
+  which: Any
+
+  def hold(self) -> 'Columns':
+    """What does not depend on the tile is read once."""
+    return self._replace(which=(self.which[0], self.which[1]))
+
+  def load(self, part: Any) -> 'Columns':
+    return Columns(
+        self.gradient[part, :], self.statistics[part, :], self.which)
+
+
 class Spread(NamedTuple):
-  """A bias in base e, of rows that many queries share: the product of a one-hot
-  matrix, [queries, parts], and the parts of rows, [parts, keys]; for keys by
-  queries the other way round. It adds to the scores in the matrix unit."""
+  """A bias of rows that many queries share: the product of a one-hot matrix,
+  [queries, parts], and the parts of rows, [parts, keys]."""
   one_hot: Any
   parts: Any
 
@@ -81,6 +114,32 @@ def dot(tiling: Tiling, a: Any, b: Any) -> Any:
                      preferred_element_type=jnp.float32)
 
 
+def statistics(lse: Any, delta: Any, dtype: Any) -> Any:
+  """[n, 16]: lse in base e and delta, [n], less than 0 and each in three parts
+  that every dtype of operands can hold, and that are together as good as
+  float32. So the matrix unit subtracts them from products."""
+  column = jax.lax.broadcasted_iota(
+      jnp.int32, (lse.shape[0], STATISTICS), 1)
+  packed = jnp.zeros(column.shape, jnp.float32)
+  for i, rest in enumerate((-lse / LOG2_E, -delta)):
+    for j in range(_PARTS):
+      part = jax.lax.bitcast_convert_type(
+          jax.lax.bitcast_convert_type(rest, jnp.int32) & _BFLOAT16,
+          jnp.float32)
+      packed = jnp.where(column == _PARTS * i + j, part[:, None], packed)
+      rest -= part
+  return packed.astype(dtype)
+
+
+def which_statistics(tile: int, dtype: Any) -> jax.Array:
+  """[2, tile, 16]: 1 where `statistics` has lse, and where it has delta. An
+  array of the kernels, as operands that are made in registers keep products
+  from overlapping (ptxas says so, C7513)."""
+  which = jnp.arange(STATISTICS) // _PARTS == jnp.arange(2)[:, None]
+  return jnp.broadcast_to(
+      which[:, None], (2, tile, STATISTICS)).astype(dtype)
+
+
 def apart(tiling: Tiling, product: Any) -> Any:
   """A product that the compiler does not add to its sum in the matrix unit.
 
@@ -98,27 +157,26 @@ def at(index: Any, size: int) -> Any:
   return pl.ds(pl.multiple_of(index * size, size), size)
 
 
-def load_keys(tiling: Tiling, refs: Any, tile: Any) -> Keys:
-  """A tile of `refs.key`, `refs.value` and `refs.segment_ids`."""
-  part = at(tile, tiling.tile)
-  return Keys(refs.key[part, :], refs.value[part, :], refs.segment_ids[part])
+def load_keys(refs: Any, part: Any) -> Keys:
+  """A run of `refs.key` and `refs.value`."""
+  return Keys(refs.key[part, :], refs.value[part, :])
 
 
-def scores(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any
+def scores(tiling: Tiling, query: Any, keys: Keys, bias: Any, mask: Mask
            ) -> Any:
-  """[queries, keys] in base 2, where `bias` is too."""
-  products = _biased(
-      tiling, dot(tiling, query, keys.key.T), bias, lambda bias: dot(
-          tiling, bias.one_hot, bias.parts))
-  same = segments[:, None] == keys.segment_ids[None, :]
-  return jnp.where(same, products, MASKED)
-
-
-def _biased(tiling, products, bias, spread):
-  """In base 2."""
+  """[queries, keys], in base e as the bias is: none, a tile, or a `Spread`,
+  which the matrix unit adds."""
+  products = dot(tiling, query, keys.key.T)
   if isinstance(bias, Spread):
-    return (products + spread(bias)) * LOG2_E
-  return products * LOG2_E + bias
+    products += dot(tiling, bias.one_hot, bias.parts)
+  elif bias is not None:
+    products = apart(tiling, products) + bias
+  return jax.lax.cond(mask.is_clean, lambda x: x, mask.hide, products)
+
+
+def hidden(scores: Any, segments: Any, others: Any) -> Any:
+  """Scores of rows and columns that are not of one segment."""
+  return jnp.where(segments[:, None] == others[None, :], scores, MASKED)
 
 
 def no_keys(tiling: Tiling, size: int) -> Softmax:
@@ -128,27 +186,13 @@ def no_keys(tiling: Tiling, size: int) -> Softmax:
                  jnp.zeros((tiling.tile, size), jnp.float32))
 
 
-def attend(tiling: Tiling, query: Any, segments: Any, keys: Keys, bias: Any,
-           softmax: Softmax) -> Softmax:
-  """Adds a tile of keys."""
-  new_scores = scores(tiling, query, segments, keys, bias)
-  top = jnp.maximum(softmax.top, jnp.max(new_scores, axis=1))
-  return _add_weights(
-      tiling, jnp.exp2(new_scores - top[:, None]), top, keys, softmax)
-
-
-def attend_to_all(tiling: Tiling, query: Any, keys: Keys, bias: Any,
-                  softmax: Softmax) -> Softmax:
-  """`attend` where every query sees every key and `bias` is one number; half
-  the instructions."""
-  products = dot(tiling, query, keys.key.T)
+def attend(tiling: Tiling, query: Any, keys: Keys, bias: Any, mask: Mask,
+           softmax: Softmax, shift: Any = 0.0) -> Softmax:
+  """Adds a tile of keys; `shift` is a bias of queries in base 2, [queries]."""
+  new_scores = scores(tiling, query, keys, bias, mask)
   top = jnp.maximum(
-      softmax.top, jnp.max(products, axis=1) * LOG2_E + bias)
-  weights = jnp.exp2(products * LOG2_E + (bias - top)[:, None])
-  return _add_weights(tiling, weights, top, keys, softmax)
-
-
-def _add_weights(tiling, weights, top, keys, softmax):
+      softmax.top, jnp.max(new_scores, axis=1) * LOG2_E + shift)
+  weights = jnp.exp2(new_scores * LOG2_E - (top - shift)[:, None])
   shrink = jnp.exp2(softmax.top - top)
   return Softmax(
       top, softmax.total * shrink + jnp.sum(weights, axis=1),
@@ -166,45 +210,48 @@ def write(softmax: Softmax, real: Any, out_ref: Any, lse_ref: Any) -> None:
   lse_ref[...] = jnp.where(real, softmax.top + jnp.log2(softmax.total), -MASKED)
 
 
-def weights_and_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
-                         bias: Any, rows: Rows) -> tuple[Any, Any]:
-  """Weights, and the gradient of scores in base e. Without segments all keys
-  are seen, and `bias` is one number."""
-  if segments is None:
-    weights = jnp.exp2(dot(tiling, query, keys.key.T) * LOG2_E
-                       + (bias - rows.lse)[:, None])
-  else:
-    weights = jnp.exp2(
-        scores(tiling, query, segments, keys, bias) - rows.lse[:, None])
+def score_gradient(tiling: Tiling, query: Any, keys: Keys, bias: Any,
+                   mask: Mask, rows: Rows, shift: Any = 0.0) -> Any:
+  """[queries, keys]; arguments as of `attend`."""
+  weights = jnp.exp2(scores(tiling, query, keys, bias, mask) * LOG2_E
+                     - (rows.lse - shift)[:, None])
   d_weights = dot(tiling, rows.gradient, keys.value.T)
-  return weights, weights * (d_weights - rows.delta[:, None])
+  return weights * (d_weights - rows.delta[:, None])
 
 
-def add_key_gradient(tiling: Tiling, query: Any, segments: Any, keys: Keys,
-                     bias: Any, rows: Rows, gradients: tuple[Any, Any]
+def add_key_gradient(tiling: Tiling, query: Any, keys: Keys,
+                     spread: Spread | None, mask: Mask, columns: Columns,
+                     gradients: tuple[Any, Any], bias: Any = 0.0
                      ) -> tuple[Any, Any]:
   """Adds what a tile of queries says of a tile of keys and values.
 
   Works on [keys, queries], so that what comes out of one product goes into the
-  next without changing places between threads; `bias` is transposed, or one
-  number. Without segments all keys are seen.
+  next without changing places between threads. Biases are `spread`, and `bias`
+  in base 2: a number or a tile.
   """
-  products = dot(tiling, keys.key, query.T)
-  if segments is None:
-    weights = jnp.exp2(products * LOG2_E + (bias - rows.lse)[None, :])
-  else:
-    same = keys.segment_ids[:, None] == segments[None, :]
-    weights = jnp.exp2(
-        jnp.where(same, _biased(
-            tiling, products, bias, lambda bias: dot(
-                tiling, bias.parts.T, bias.one_hot.T)), MASKED)
-        - rows.lse[None, :])
-  d_weights = dot(tiling, keys.value, rows.gradient.T)
-  d_scores = weights * (d_weights - rows.delta[None, :])
+  lse, delta = (dot(tiling, which, columns.statistics.T)
+                for which in columns.which)
+  products = dot(tiling, keys.key, query.T) + lse
+  if spread is not None:
+    products += dot(tiling, spread.parts.T, spread.one_hot.T)
+  products = jax.lax.cond(mask.is_clean, lambda x: x, mask.hide, products)
+  weights = jnp.exp2(products * LOG2_E + bias)
+  d_scores = weights * (
+      dot(tiling, keys.value, columns.gradient.T) + delta)
   d_key, d_value = gradients
   return (d_key + dot(tiling, d_scores.astype(query.dtype), query),
-          d_value + dot(tiling, weights.astype(rows.gradient.dtype),
-                        rows.gradient))
+          d_value + dot(tiling, weights.astype(columns.gradient.dtype),
+                        columns.gradient))
+
+
+def span(ref: Any) -> tuple[Any, Any]:
+  """First and end, of a reference to them."""
+  return ref[0], ref[1]
+
+
+def within(span: Sequence[Any], index: Any) -> Any:
+  """Whether it lies there."""
+  return (span[0] <= index) & (index < span[1])
 
 
 def fold_around(first: Any, end: Any, hole: tuple[Any, Any],
@@ -250,9 +297,23 @@ def rows_by_head(x: Any) -> pl.BlockSpec:
   return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, *_: (b, h, 0))
 
 
+def row_tiles(x: Any, size: int) -> pl.BlockSpec:
+  """[B, H, L]: the program's tile of it."""
+  return pl.BlockSpec((None, None, size), lambda b, h, i, *_: (b, h, i))
+
+
 def of_tile(x: Any) -> pl.BlockSpec:
   """[B, tiles, n]: the n numbers of the program's tile."""
   return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, i, *_: (b, i, 0))
+
+
+def column_specs(columns: Columns) -> Columns:
+  """All of a row and head."""
+  return Columns(
+      whole(columns.gradient),
+      pl.BlockSpec((None, None, *columns.statistics.shape[2:]),
+                   lambda b, h, *_: (b, h, 0, 0)),
+      pl.BlockSpec(columns.which.shape, lambda *_: (0, 0, 0)))
 
 
 def row_specs(rows: Rows) -> Rows:
