@@ -236,7 +236,7 @@ class FlaxLongT5Model(_FlaxLongT5):
   def _step(self, params, ids, encoded, mask, decoder_mask, past, wants):
     """Output, intermediates and new cache of the next targets."""
     cache, name = past['cache'], self._name_of_encoded(params)
-    room = cache['decoder']['layers_0']['self_attention']['key'].shape[1]
+    room = cache['decoder']['layers_0']['self_attention']['key'].shape[-2]
     checks.room_for(ids.shape[1], _length(past), room)
     if decoder_mask is not None:
       width = 1 if jnp.shape(decoder_mask)[1:] == (1,) else room
