@@ -66,7 +66,9 @@ def _read(argv, define):
   values = flags.FlagValues()
   try:
     holder = define(values)
-    values(argv)
+    _, *rest = values(argv)
+    if rest:
+      raise flags.Error(f'unexpected argument {rest[0]!r}.')
     holder.value.lock()  # Raises what went wrong when the file was read.
     return holder.value
   except MISTAKES as error:

@@ -63,7 +63,6 @@ def load_vocabulary(config: Any, model: LongT5Config, record: dict[str, Any]
   else:
     raise ConfigError('data.vocabulary is empty: it must name a SentencePiece '
                       'model.')
-  run_config.check_vocabulary(vocabulary, model)
   trained_with = record.get('vocabulary') or vocabulary.fingerprint
   if vocabulary.fingerprint not in ('', trained_with):
     raise ConfigError(
@@ -71,6 +70,7 @@ def load_vocabulary(config: Any, model: LongT5Config, record: dict[str, Any]
         f'{data.extra_ids} is not the vocabulary that the checkpoint was '
         f'trained with, {record["data"]["vocabulary"]} with '
         f'{record["data"]["extra_ids"]}.')
+  run_config.check_vocabulary(vocabulary, model)
   return vocabulary
 
 

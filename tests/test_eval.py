@@ -267,6 +267,7 @@ MISTAKES = {
         + ', '.join((*METRICS, *SCROLLS)) + '.'),
     'no such key': (
         [RUN, '--config.eval.beams=4'], "no key 'beams'"),
+    'a word too many': ([RUN, 'more'], "unexpected argument 'more'."),
     'no such argument': ([RUN, '--beams=4'], "unknown argument '--beams=4'."),
     'no data': (
         [RUN, '--config.data.validation_path='],
@@ -275,9 +276,14 @@ MISTAKES = {
         [RUN, '--config.data.vocabulary='],
         'data.vocabulary is empty: it must name a SentencePiece model.'),
     'a larger vocabulary': (
-        [RUN, '--config.data.extra_ids=100'], 'data.vocabulary has 4100 ids '
-        'with its sentinels, more than model.vocab_size=4096: raise that, or '
-        'lower data.extra_ids.'),
+        ['--checkpoint={weights}', RUN, f'--config={runs.ROOT}/configs/base.py',
+         f'--config.data.vocabulary={runs.ROOT}/corpus/vocabulary.model'],
+        'data.vocabulary has 4100 ids with its sentinels, more than '
+        'model.vocab_size=4096: raise that, or lower data.extra_ids.'),
+    'another vocabulary than that of the run, and larger': (
+        [RUN, '--config.data.extra_ids=100'],
+        f'data.vocabulary={runs.ROOT}/corpus/vocabulary.model with '
+        'data.extra_ids=100 is not the vocabulary that the checkpoint was '),
     'another vocabulary': (
         [RUN, '--config.data.extra_ids=90'],
         f'data.vocabulary={runs.ROOT}/corpus/vocabulary.model with '

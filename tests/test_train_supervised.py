@@ -232,8 +232,8 @@ def test_checkpoint_of_another_vocabulary(settings, parts, tmp_path):
           settings | {'init_from': other, 'model.vocab_size': 4224})
   # Of a size that fits, but of other pieces.
   refuses(ConfigError, f'init_from={other}: the run was trained with another '
-          f'vocabulary, {runs.ROOT}/corpus/vocabulary.model with extra_ids=0.',
-          tmp_path / 'run', settings | {
+          f'vocabulary, data.vocabulary={runs.ROOT}/corpus/vocabulary.model '
+          'with data.extra_ids=0.', tmp_path / 'run', settings | {
               'init_from': other, 'data.extra_ids': 50})
 
 

@@ -18,7 +18,9 @@ from longt5_flax.data.sources import (
     check_text,
     expand_paths,
     json_object,
+    no_field,
     read_records,
+    short,
     text_field,
     utf8,
 )
@@ -123,7 +125,7 @@ def load_examples(
                            number if len(files) == 1 else place)
           if encode and not has_tokens(example.targets, encode):
             raise BadRecordError(f'field {fields.targets!r} has no tokens: '
-                                 f'{example.targets!r}')
+                                 f'{short(example.targets)}')
           if unique_ids and example.id in places:
             raise BadRecordError(f'id {example.id!r} was there before, in '
                                  f'{places[example.id]}')
@@ -155,7 +157,7 @@ def _read(file: str, source: str, field: str, problems: Problems
         columns = cells
       elif len(cells) != len(columns):
         raise BadRecordError(f'{len(cells)} columns, not the {len(columns)} of '
-                             f'the first line: {columns}')
+                             f'the first line: {short(columns)}')
       else:
         yield place, dict(zip(columns, cells, strict=True))
     except BadRecordError as bad:
@@ -185,7 +187,7 @@ def _has(record: Mapping[str, Any], fields: Fields, name: str) -> bool:
     return True
   if field == Fields._field_defaults[name]:
     return False
-  raise BadRecordError(f'no field {field!r}, only {sorted(record)}')
+  raise no_field(record, field)
 
 
 def _references(value: Any, fields: Fields, source: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import json
 import lzma
 import mmap
 import os
+import reprlib
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ import numpy as np
 
 SOURCES = ('jsonl', 'text')
 ON_BAD_RECORD = ('raise', 'skip')
+# For messages: what is taken for a name may be a document.
+_short = reprlib.Repr()
+_short.maxlist, _short.maxstring = 20, 60
 
 
 class DataError(ValueError):
@@ -317,6 +321,16 @@ def json_object(record: bytes, field: str) -> dict[str, Any]:
   return value
 
 
+def no_field(record: Mapping[str, Any], field: str) -> BadRecordError:
+  """The error of a record without a field."""
+  return BadRecordError(f'no field {field!r}, only {short(sorted(record))}')
+
+
+def short(value: Any) -> str:
+  """What `repr` says of text or a list of texts, if they are short."""
+  return _short.repr(value)
+
+
 def text_field(record: Mapping[str, Any], field: str) -> str:
   """The text in a field.
 
@@ -324,7 +338,7 @@ def text_field(record: Mapping[str, Any], field: str) -> str:
     BadRecordError: there is none.
   """
   if field not in record:
-    raise BadRecordError(f'no field {field!r}, only {sorted(record)}')
+    raise no_field(record, field)
   return check_text(record[field], field)
 
 

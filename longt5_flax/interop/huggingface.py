@@ -71,6 +71,8 @@ def _locate(path):
   found = [name for name in _WEIGHTS if os.path.exists(os.path.join(path, name))
            ]
   if not found:
+    if os.path.isdir(os.path.join(path, 'checkpoints')):
+      raise WeightsError(f'{path}: is the folder of a run: say run:{path}.')
     raise WeightsError(f'{path}: holds none of {", ".join(_WEIGHTS)}.')
   return path, os.path.join(path, found[0]), found[1:]
 

@@ -82,6 +82,6 @@ def _check_same_vocabulary(run, vocabulary):
   learned = run.get('vocabulary') or vocabulary
   if vocabulary not in ('', learned):
     raise ConfigError(
-        'the run was trained with another vocabulary, '
-        f'{run["data"]["vocabulary"]} with extra_ids='
+        'the run was trained with another vocabulary, data.vocabulary='
+        f'{run["data"]["vocabulary"]} with data.extra_ids='
         f'{run["data"]["extra_ids"]}.')

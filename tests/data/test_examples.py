@@ -141,6 +141,14 @@ def test_bad_tsv(lines, message, tmp_path):
   refuses(path + message, path, 'tsv')
 
 
+def test_names_that_are_documents_are_cut(tmp_path):
+  path = write(tmp_path / 'a.jsonl', [{'inputs': 1000 * 'a '}, LINES[1]])
+  with pytest.raises(DataError) as error:
+    load_examples(path, 'tsv')
+  assert str(error.value).startswith(f"{path}:2: no field 'inputs', only ['{{")
+  assert len(str(error.value)) < 120 + len(path)
+
+
 @pytest.mark.parametrize('targets, kept', [
     ('\u200b', False), ('\u200b\x01', False), ('\u200b!', True),
     ('\u4e00', True)])

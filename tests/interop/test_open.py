@@ -27,6 +27,14 @@ def test_path_alone(tmp_path):
     assert open_tensors(str(path)).config == golden.load(CASE).config
 
 
+def test_run_alone(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(WeightsError) as caught:
+    open_tensors(str(tmp_path))
+  assert str(caught.value) == (
+      f'{tmp_path}: is the folder of a run: say run:{tmp_path}.')
+
+
 @pytest.mark.parametrize('spec', ['', 'x', 'hf:', 'hg:x', 'google/long-t5'])
 def test_neither(spec):
   with pytest.raises(WeightsError) as caught:
