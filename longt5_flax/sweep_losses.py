@@ -17,6 +17,7 @@ from longt5_flax.data.sources import DataError
 from longt5_flax.data.vocabulary import Vocabulary
 from longt5_flax.inputs import held_out_batches, pipeline_options
 from longt5_flax.interop.atomic import replace_file
+from longt5_flax.interop.layers import init_params
 from longt5_flax.sweep_plan import Plan, Run
 from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.checkpoints import abstract_state
@@ -138,9 +139,8 @@ def _loss(config: ConfigDict, workdir: str, loss: ConfigDict,
   """Loss per target token of a finished run."""
   model = run_config.make_model(config)
   mesh = partitioning.make_mesh(dict(config.mesh), jax.devices())
-  token = jnp.ones((1, 1), jnp.int32)
-  params = jax.eval_shape(
-      lambda: model.init(jax.random.key(0), token, token))['params']
+  params = jax.eval_shape(lambda: init_params(
+      model, jax.random.key(0), inputs=2))
   shardings = partitioning.state_shardings(params, params, mesh)
   params, _ = initial_params(
       f'run:{workdir}', model.config, abstract_state(params, shardings))

@@ -70,7 +70,7 @@ def write(
   serves all options."""
   cache = decoding.start(module, params, encoded, attention_mask,
                          options.max_length - 1, options.rows_per_input,
-                         prompt_mask, options.num_beams > 1)
+                         prompt_mask, may_reorder=options.num_beams > 1)
   return generate(partial(decoding.step, module, params), decoding.reorder,
                   cache, prompt, options, key)
 
@@ -89,7 +89,7 @@ def write_first(
   """
   cache = decoding.start(module, params, encoded, attention_mask,
                          options.max_length - 1, options.rows_per_input,
-                         prompt_mask)
+                         prompt_mask, may_reorder=False)
   step = partial(decoding.step, module, params)
   return _one_more(step, begin(step, cache, prompt, options, key), options, key)
 

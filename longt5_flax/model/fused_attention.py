@@ -114,7 +114,7 @@ def _attend(tokens, tables, ids, block_size, dtype, options):
     side = *(prepare(x) for x in tokens[3:]), tables[1]
   output = _fused(
       geometry, *(prepare(x, multiple=tile) for x in tokens[:3]), tables[0],
-      _segments(geometry, segment_ids), layout, side)
+      checkpoint_name(_segments(geometry, segment_ids), LAYOUT), layout, side)
   return output[:, :length, :, :size].astype(tokens[0].dtype)
 
 

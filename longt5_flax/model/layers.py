@@ -95,8 +95,6 @@ class Dropout(nn.Module):
   def __call__(self, x: Float[Array, '...'], deterministic: bool) -> Array:
     if deterministic or self.rate == 0:
       return x
-    if self.rate == 1:
-      return jnp.zeros_like(x)
     keep = 1.0 - self.rate
     shape = [1 if axis in self.broadcast_dims else size
              for axis, size in enumerate(x.shape)]

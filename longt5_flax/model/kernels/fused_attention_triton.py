@@ -213,9 +213,7 @@ def _fold_local(geometry, tokens, tile, segments, body, carry):
 
   def step(j, carry):
     part = tiles.at(j, geometry.tile)
-    mask = tiles.Mask(
-        tiles.within(clean, j), lambda scores: tiles.hidden(
-            scores, segments, tokens.segment_ids[part]))
+    mask = tiles.segment_mask(clean, j, segments, tokens.segment_ids, part)
     return body(tiles.load_keys(tokens, part), mask,
                 tokens.bias[j - tile + geometry.reach_tiles], carry)
 
@@ -315,9 +313,7 @@ def _backward_key(geometry, tokens, columns, d_key_ref, d_value_ref):
 
   def of_query_tile(i, gradients):
     part = tiles.at(i, geometry.tile)
-    mask = tiles.Mask(
-        tiles.within(clean, i), lambda scores: tiles.hidden(
-            scores, segments, tokens.segment_ids[part]))
+    mask = tiles.segment_mask(clean, i, segments, tokens.segment_ids, part)
     return tiles.add_key_gradient(
         geometry.tiling, tokens.query[part, :], keys, None, mask,
         columns.load(part), gradients,

@@ -50,9 +50,8 @@ def _share(spans):
 def _key_tile(tiling, arrays, spans, segments, j):
   """A tile of keys, and its mask."""
   part = tiles.at(j, tiling.tile)
-  return tiles.load_keys(arrays, part), tiles.Mask(
-      tiles.within(spans[2:], j), lambda scores: tiles.hidden(
-          scores, segments, arrays.segment_ids[part]))
+  return tiles.load_keys(arrays, part), tiles.segment_mask(
+      spans[2:], j, segments, arrays.segment_ids, part)
 
 
 def _forward(tiling, arrays, span_ref, out_ref, lse_ref):
@@ -93,9 +92,7 @@ def _backward_key(tiling, arrays, span_ref, columns, d_key_ref, d_value_ref):
 
   def add(i, gradients):
     part = tiles.at(i, tiling.tile)
-    mask = tiles.Mask(
-        tiles.within(clean, i), lambda scores: tiles.hidden(
-            scores, segments, arrays.query_segments[part]))
+    mask = tiles.segment_mask(clean, i, segments, arrays.query_segments, part)
     return tiles.add_key_gradient(
         tiling, arrays.query[part, :], keys, None, mask, columns.load(part),
         gradients)

@@ -53,6 +53,9 @@ class Mask(NamedTuple):
   is_clean: Any
   hide: Callable[[Any], Any]
 
+  def apply(self, scores: Any) -> Any:
+    return jax.lax.cond(self.is_clean, lambda x: x, self.hide, scores)
+
 
 class Rows(NamedTuple):
   """What the backward pass knows of queries.
@@ -171,12 +174,27 @@ def scores(tiling: Tiling, query: Any, keys: Keys, bias: Any, mask: Mask
     products += dot(tiling, bias.one_hot, bias.parts)
   elif bias is not None:
     products = apart(tiling, products) + bias
-  return jax.lax.cond(mask.is_clean, lambda x: x, mask.hide, products)
+  return mask.apply(products)
 
 
 def hidden(scores: Any, segments: Any, others: Any) -> Any:
   """Scores of rows and columns that are not of one segment."""
   return jnp.where(segments[:, None] == others[None, :], scores, MASKED)
+
+
+def segment_mask(clean: Sequence[Any], index: Any, segments: Any, others: Any,
+                 part: Any) -> Mask:
+  """Of a tile, which hides what is not of one segment.
+
+  Args:
+    clean: from which to before which tile nothing is hidden.
+    index: of the tile.
+    segments: of the program's tokens.
+    others: a reference to those of all others.
+    part: the tile's.
+  """
+  return Mask(within(clean, index), lambda scores: hidden(
+      scores, segments, others[part]))
 
 
 def no_keys(tiling: Tiling, size: int) -> Softmax:
@@ -234,8 +252,7 @@ def add_key_gradient(tiling: Tiling, query: Any, keys: Keys,
   products = dot(tiling, keys.key, query.T) + lse
   if spread is not None:
     products += dot(tiling, spread.parts.T, spread.one_hot.T)
-  products = jax.lax.cond(mask.is_clean, lambda x: x, mask.hide, products)
-  weights = jnp.exp2(products * LOG2_E + bias)
+  weights = jnp.exp2(mask.apply(products) * LOG2_E + bias)
   d_scores = weights * (
       dot(tiling, keys.value, columns.gradient.T) + delta)
   d_key, d_value = gradients
@@ -292,11 +309,6 @@ def tiles(x: Any, size: int) -> pl.BlockSpec:
                       lambda b, h, i, *_: (b, i, h, 0))
 
 
-def rows_by_head(x: Any) -> pl.BlockSpec:
-  """[B, H, L] without batch and head."""
-  return pl.BlockSpec((None, None, x.shape[2]), lambda b, h, *_: (b, h, 0))
-
-
 def row_tiles(x: Any, size: int) -> pl.BlockSpec:
   """[B, H, L]: the program's tile of it."""
   return pl.BlockSpec((None, None, size), lambda b, h, i, *_: (b, h, i))
@@ -314,11 +326,6 @@ def column_specs(columns: Columns) -> Columns:
       pl.BlockSpec((None, None, *columns.statistics.shape[2:]),
                    lambda b, h, *_: (b, h, 0, 0)),
       pl.BlockSpec(columns.which.shape, lambda *_: (0, 0, 0)))
-
-
-def row_specs(rows: Rows) -> Rows:
-  return Rows(whole(rows.gradient), rows_by_head(rows.lse),
-              rows_by_head(rows.delta))
 
 
 def call(tiling: Tiling, kernel: Callable[..., None], grid: tuple[int, ...],
