@@ -70,7 +70,7 @@ def write(
   serves all options."""
   cache = decoding.start(module, params, encoded, attention_mask,
                          options.max_length - 1, options.rows_per_input,
-                         prompt_mask, may_reorder=options.num_beams > 1)
+                         prompt_mask, options.num_beams > 1)
   return generate(partial(decoding.step, module, params), decoding.reorder,
                   cache, prompt, options, key)
 
