@@ -52,6 +52,7 @@ from longt5_flax.training.train_step import (
     TrainState,
     batch_loss,
     init_state,
+    jit_train_step,
     make_train_step,
     mean_metrics,
 )
@@ -121,9 +122,8 @@ def main(config, workdir):
     report.say(f'init_from: {note}')
 
   # --- Loop -------------------------------------------------------------------
-  train_step = jax.jit(
-      make_train_step(model, optimizer, schedule, config), donate_argnums=0,
-      out_shardings=(shardings, None))
+  train_step = jit_train_step(
+      make_train_step(model, optimizer, schedule, config), shardings, platform)
   eval_step = jax.jit(
       lambda params, batch: batch_loss(model, config.loss, params, batch))
   meter = Meter(model.config, config.data, jax.devices()[0].device_kind,

@@ -62,7 +62,11 @@ from longt5_flax.training import partitioning, run_config
 from longt5_flax.training.flops import mfu, train_flops
 from longt5_flax.training.optimizer import make_optimizer, num_parameters
 from longt5_flax.training.schedules import make_schedule
-from longt5_flax.training.train_step import init_state, make_train_step
+from longt5_flax.training.train_step import (
+    init_state,
+    jit_train_step,
+    make_train_step,
+)
 
 CONFIG = str(Path(__file__).parent.parent / 'configs' / 'base.py')
 PEERS = ('eager', 'compile', 'eager-remat', 'compile-remat')
@@ -119,8 +123,8 @@ def make_program(overrides: Sequence[str]) -> Program:
 
   abstract = jax.eval_shape(new_state)
   shardings = partitioning.state_shardings(abstract, abstract.params, mesh)
-  step = jax.jit(make_train_step(model, optimizer, schedule, config),
-                 donate_argnums=0, out_shardings=(shardings, None))
+  step = jit_train_step(make_train_step(model, optimizer, schedule, config),
+                        shardings, mesh.devices.flat[0].platform)
   abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
           leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)

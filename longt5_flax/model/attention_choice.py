@@ -1,5 +1,5 @@
-"""Which implementation attends to the inputs: asked for, or chosen by platform
-and length."""
+"""Which implementation of attention: asked for, or chosen by platform and
+length."""
 
 from typing import NamedTuple
 
@@ -16,21 +16,27 @@ _CPU_REFERENCE_LENGTH = 8192
 
 
 class AttentionChoice(NamedTuple):
-  """What attends to the inputs.
+  """What attends.
 
   Attributes:
-    encoder: 'reference', 'chunked' or 'fused'.
-    cross: of targets to inputs, 'reference' or 'fused'.
+    encoder: inputs to inputs, 'reference', 'chunked' or 'fused'.
+    cross: targets to inputs, 'reference' or 'fused'.
+    causal: targets to those before them, 'reference' or 'fused'.
     reason: why these.
   """
   encoder: str
   cross: str
+  causal: str
   reason: str
 
   def __str__(self) -> str:
-    cross = ('' if self.cross == self.encoder
-             else f', from targets to inputs {self.cross}')
-    return f'attention: {self.encoder}{cross} ({self.reason})'
+    decoder = ''
+    if self.cross != self.causal:
+      decoder = (f', from targets to inputs {self.cross}, to targets '
+                 f'{self.causal}')
+    elif self.cross != self.encoder:
+      decoder = f', in the decoder {self.cross}'
+    return f'attention: {self.encoder}{decoder} ({self.reason})'
 
 
 def choose_attention(
@@ -40,7 +46,8 @@ def choose_attention(
   """The implementation that `attention` stands for.
 
   It need not be all that is asked for: full attention has one implementation in
-  the encoder, and targets attend to inputs in no chunks.
+  the encoder, targets attend in no chunks, and to each other in kernels on GPUs
+  only.
 
   Args:
     attention: one of ATTENTION_IMPLEMENTATIONS.
@@ -53,11 +60,13 @@ def choose_attention(
   if attention == 'auto':
     attention, reason = _automatic(config, length, platform)
   encoder = attention
-  cross = 'fused' if attention == 'fused' else 'reference'
+  cross = causal = 'fused' if attention == 'fused' else 'reference'
+  if platform == 'tpu':
+    causal = 'reference'
   if config.encoder_attention_type == 'full':
     encoder = 'reference'
     reason += '; full attention has one implementation'
-  return AttentionChoice(encoder, cross, reason)
+  return AttentionChoice(encoder, cross, causal, reason)
 
 
 def _automatic(config, length, platform):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.attention import full_attention
 from longt5_flax.model.attention_choice import choose_attention
+from longt5_flax.model.fused_attention import fused_causal_attention
 from longt5_flax.model.layers import (
     MLP,
     Dense,
@@ -33,16 +34,16 @@ class DecoderContext(NamedTuple):
   Attributes:
     encoded: the encoder's output [B, L, D]; None once its keys and values are
       cached.
-    bias: of self-attention.
-    self_mask: which targets a target may see.
+    bias: of self-attention, [1, H, T, S]; for kernels by offset, [H, T].
+    self_mask: which targets a target may see, [#B, 1, T, S]; None for kernels.
     cross_mask: which inputs a target may see: those of its segment.
     segment_ids: of the targets, 0 is padding; None step by step.
     encoder_segment_ids: of the inputs, 0 is padding; step by step 1 is not.
     start: with a cache, the position of the first of the new tokens.
   """
   encoded: Any
-  bias: Float[Array, '1 H T S']
-  self_mask: Bool[Array, '#B 1 T S']
+  bias: Any
+  self_mask: Any
   cross_mask: Bool[Array, 'B 1 #T L']
   segment_ids: Any
   encoder_segment_ids: Any
@@ -62,12 +63,15 @@ class DecoderAttention(Projections):
   """
   attention: str = 'reference'
 
-  def __call__(self, x: Float[Array, 'B T D'], source: Float[Array, 'B S D'],
-               bias: Float[Array, '1 H T S'] | None,
-               mask: Bool[Array, '#B 1 #T S'],
+  def __call__(self, x: Float[Array, 'B T D'], context: DecoderContext,
                deterministic: bool) -> Float[Array, 'B T D']:
-    key, value = self.project_key_value(source, deterministic)
-    return self._attend(x, key, value, bias, mask)
+    """Attends to the targets, all at once."""
+    key, value = self.project_key_value(x, deterministic)
+    if context.self_mask is not None:
+      return self._attend(x, key, value, context.bias, context.self_mask)
+    return self.project_out(fused_causal_attention(
+        self.project_query(x), key, value, context.bias, context.segment_ids,
+        self.dtype))
 
   def attend_to_encoded(
       self, x: Float[Array, 'B T D'], context: DecoderContext,
@@ -165,8 +169,7 @@ class DecoderLayer(nn.Module):
     """All targets at once."""
     self.sow('intermediates', 'residual', x)
     y = self.pre_self_attention_layer_norm(x)
-    y = self.self_attention(
-        y, y, context.bias, context.self_mask, deterministic)
+    y = self.self_attention(y, context, deterministic)
     x = x + self.dropout(y, deterministic)
     y = self.pre_cross_attention_layer_norm(x)
     y = self.encoder_decoder_attention.attend_to_encoded(
@@ -227,22 +230,15 @@ class Decoder(nn.Module):
                decoder_segment_ids: Int[Array, 'B T'] | None,
                decoder_mask: Bool[Array, 'B T'] | None,
                deterministic: bool) -> Float[Array, 'B T D']:
-    length = embedded.shape[1]
-    bias = toeplitz(self.relpos_bias(1 - length, length - 1), length, length)
-    self_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
     if decoder_segment_ids is None:
       decoder_segment_ids = jnp.ones(embedded.shape[:2], jnp.int32)
       encoder_segment_ids = (encoder_segment_ids > 0).astype(jnp.int32)
-    else:
-      self_mask = self_mask & (decoder_segment_ids[:, None, :, None]
-                               == decoder_segment_ids[:, None, None])
     cross_mask = (encoder_segment_ids > 0)[:, None, None] & (
         decoder_segment_ids[:, None, :, None]
         == encoder_segment_ids[:, None, None])
-    if decoder_mask is not None:
-      self_mask = self_mask & decoder_mask[:, None, None]
+    bias, self_mask = self._bias_and_mask(decoder_segment_ids, decoder_mask)
     context = DecoderContext(
-        encoded, bias[None], self_mask, cross_mask, decoder_segment_ids,
+        encoded, bias, self_mask, cross_mask, decoder_segment_ids,
         encoder_segment_ids, None)
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
@@ -251,6 +247,18 @@ class Decoder(nn.Module):
     x = self.decoder_norm(x)
     self.sow('intermediates', 'output', x)
     return self.dropout(x, deterministic)
+
+  def _bias_and_mask(self, segment_ids, decoder_mask):
+    """See `DecoderContext`. Kernels see segments, and know no other mask."""
+    length = segment_ids.shape[1]
+    choice = choose_attention(self.attention, self.config, length)
+    if choice.causal == 'fused' and decoder_mask is None:
+      return self.relpos_bias(1 - length, 0), None
+    bias = toeplitz(self.relpos_bias(1 - length, length - 1), length, length)
+    mask = jnp.tril(segment_ids[:, None, :, None] == segment_ids[:, None, None])
+    if decoder_mask is not None:
+      mask = mask & decoder_mask[:, None, None]
+    return bias[None], mask
 
   def logits(self, x: Float[Array, 'B T D'],
              embedder: Embed) -> Float[Array, 'B T V']:

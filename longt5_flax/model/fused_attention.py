@@ -1,5 +1,5 @@
-"""Local and transient-global attention in kernels that keep no scores: here
-those of GPUs, in `fused_attention_tpu` those of TPUs.
+"""Local, transient-global and causal attention in kernels that keep no scores:
+here those of GPUs, in `fused_attention_tpu` those of TPUs.
 
 Forward and backward hold one tile of scores at a time, on the chip; biases are
 made inside from their vectors over offsets, and their gradients summed tile by
@@ -49,7 +49,8 @@ from longt5_flax.model.kernels.triton_tiles import (
 from longt5_flax.model.relative_position import toeplitz
 
 # Programs that share the work of one tile in the backward pass, where there
-# are few tiles and each has much to do: of the local bias, of global tokens.
+# are few tiles and each has much to do: of the local bias, at most and with
+# that many tiles of queries each at least; of global tokens.
 _BIAS_PARTS = 8
 _SIDE_PARTS = 4
 
@@ -91,8 +92,37 @@ def fused_attention(
   return on_each_device(attend, tokens, tables, ids, options)
 
 
-def _attend(tokens, tables, ids, block_size, dtype, options):
-  """`fused_attention` on one device."""
+def fused_causal_attention(
+    query: Float[Array, 'B T H K'],
+    key: Float[Array, 'B T H K'],
+    value: Float[Array, 'B T H K'],
+    bias: Float[Array, 'H T'],
+    segment_ids: Int[Array, 'B T'],
+    dtype: DTypeLike,
+    options: KernelOptions = ON_A_GPU,
+) -> Float[Array, 'B T H K']:
+  """What targets attend to: of their segment, themselves and what is before.
+
+  Zeros at padding. Memory is linear in T; GPUs only.
+
+  Args:
+    query, key, value: T5's: scores are not divided by sqrt(K).
+    bias: by offset, of keys from T - 1 before the query to its own.
+    segment_ids: 0 is padding.
+    dtype: of the matrix products.
+    options: how the kernels are run.
+
+  Raises:
+    ConfigError: the device has no such kernels.
+  """
+  attend = partial(_attend, block_size=None, dtype=dtype, options=options,
+                   causal=True)
+  return on_each_device(
+      attend, (query, key, value), (bias,), (segment_ids,), options)
+
+
+def _attend(tokens, tables, ids, block_size, dtype, options, causal=False):
+  """On one device."""
   length, size = tokens[0].shape[1::2]
   tile = options.tile
   prepare = partial(to_operands, dtype=dtype)
@@ -106,8 +136,9 @@ def _attend(tokens, tables, ids, block_size, dtype, options):
     rows = max(8, 1 << (blocks - 1).bit_length())
     near = 2 * reach - 2 + blocks
     near += -near % tile
-  geometry = Geometry(
-      options.tiling(dtype), -(-(tables[0].shape[1] // 2) // tile), rows, near)
+  offsets = tables[0].shape[1]
+  behind, ahead = (offsets - 1, 0) if causal else (offsets // 2, offsets // 2)
+  geometry = Geometry(options.tiling(dtype), behind, ahead, rows, near)
   if block_size:
     layout = checkpoint_name(
         _layout(geometry, reach, segment_ids, *ids[1:]), LAYOUT)
@@ -128,23 +159,29 @@ class _Segments(NamedTuple):
 
 
 def _segments(geometry, segment_ids):
-  batch, reach = segment_ids.shape[0], geometry.reach_tiles
-  own = segment_ids.reshape(batch, -1, geometry.tile)
+  batch, tile = segment_ids.shape[0], geometry.tile
+  behind, ahead = geometry.tiles_behind, geometry.tiles_ahead
+  own = segment_ids.reshape(batch, -1, tile)
   count = own.shape[1]
-  padded = jnp.pad(own, ((0, 0), (reach, reach), (0, 0)))
-  around = jnp.stack([padded[:, i:i + count]
+
+  def around(before, after):
+    padded = jnp.pad(own, ((0, 0), (before, after), (0, 0)))
+    return jnp.stack([padded[:, i:i + count]
                       for i in range(geometry.local_tiles)], axis=2)
-  own, around = (x.reshape(batch * count, -1, geometry.tile)
-                 for x in (own, around))
-  of_queries, of_keys = (
-      x.reshape(batch, count, -1)
-      for x in (all_see(own, around), all_see(around, own)))
+
+  def flags(queries, keys):
+    queries, keys = (x.reshape(batch * count, -1, tile)
+                     for x in (queries, keys))
+    return all_see(queries, keys).reshape(batch, count, -1)
 
   def runs(flags, first):
     return jnp.stack(gapless_run(flags), axis=-1) + first
 
-  first = jnp.arange(count)[:, None] - reach
-  return _Segments(segment_ids, runs(of_queries, first), runs(of_keys, first),
+  of_queries = flags(own, around(behind, ahead))
+  of_keys = flags(around(ahead, behind), own)
+  index = jnp.arange(count)[:, None]
+  return _Segments(segment_ids, runs(of_queries, index - behind),
+                   runs(of_keys, index - ahead),
                    runs(of_queries.swapaxes(1, 2), 0))
 
 
@@ -214,8 +251,7 @@ def _fused(geometry, query, key, value, bias, segments, layout, side):
 def _fused_forward(geometry, query, key, value, bias, segments, layout, side):
   tokens = kernels.Tokens(
       query, key, value, segments.ids,
-      _banded(geometry, bias.shape[1] // 2, _local_tiles(geometry, bias)),
-      segments.of_queries)
+      _banded(geometry, _local_tiles(geometry, bias)), segments.of_queries)
   output, lse = kernels.forward(
       geometry, tokens, _globals(geometry, layout, side))
   output, lse = checkpoint_name((output, lse), ATTENDED)
@@ -233,9 +269,11 @@ def _fused_backward(geometry, residuals, gradient):
       geometry, tokens._replace(
           bias=tokens.bias.swapaxes(2, 3) * LOG2_E, clean=segments.of_keys),
       columns)
+  count = output.shape[1] // geometry.tile
   d_tiles = kernels.backward_local_bias(
       geometry, tokens._replace(clean=segments.of_bias),
-      Rows(gradient, lse, delta), _BIAS_PARTS)
+      Rows(gradient, lse, delta),
+      max(1, min(_BIAS_PARTS, count // _BIAS_PARTS)))
   d_bias, = jax.linear_transpose(partial(_local_tiles, geometry), bias)(
       jnp.sum(d_tiles, axis=(0, 1)))
   d_side = ()
@@ -277,12 +315,13 @@ def _side_backward(geometry, tokens, arrays, layout, side, columns, d_rows):
 
 def _local_tiles(geometry, bias):
   """[H, local_tiles, tile, tile]: of each key tile relative to the query's, 0
-  beyond the radius."""
-  tile, reach = geometry.tile, geometry.reach_tiles
-  radius = bias.shape[1] // 2
-  end = (reach + 1) * tile - 1  # The largest offset.
-  values = jnp.pad(bias, ((0, 0), (end - radius, end - radius)))
-  tiles = toeplitz(values, tile, geometry.local_tiles * tile)
+  beyond reach."""
+  tile = geometry.tile
+  # The largest offsets of the tiles, less those that the bias has.
+  pads = ((geometry.tiles_behind + 1) * tile - 1 - geometry.behind,
+          (geometry.tiles_ahead + 1) * tile - 1 - geometry.ahead)
+  tiles = toeplitz(
+      jnp.pad(bias, ((0, 0), pads)), tile, geometry.local_tiles * tile)
   return tiles.reshape(-1, tile, geometry.local_tiles, tile).swapaxes(1, 2)
 
 
@@ -327,10 +366,11 @@ def _bits(dtype):
   return info.nexp, info.nmant
 
 
-def _banded(geometry, radius, tiles):
-  """With what lies beyond the radius hidden."""
+def _banded(geometry, tiles):
+  """With what lies beyond reach hidden."""
   tile = np.arange(geometry.tile)
-  relative = np.arange(geometry.local_tiles) - geometry.reach_tiles
+  relative = np.arange(geometry.local_tiles) - geometry.tiles_behind
   offsets = (relative[:, None, None] * geometry.tile + tile
              - tile[:, None])
-  return jnp.where(np.abs(offsets) <= radius, tiles, MASKED)
+  is_near = (-geometry.behind <= offsets) & (offsets <= geometry.ahead)
+  return jnp.where(is_near, tiles, MASKED)

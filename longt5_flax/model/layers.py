@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,6 +28,7 @@ _cheap = partial(jax.checkpoint, prevent_cse=False)
 REMAT_POLICIES = ('none', 'dots', 'layer', 'offload')
 _LAYER_INPUT = 'layer_input'
 _NORM = 'norm'
+_FEATURES_LAST = Layout((0, 1, 2))
 
 
 def fan_in_init(scale: float = 1.0) -> Callable[..., Array]:
@@ -66,6 +68,9 @@ class T5LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
     scale = self.param(
         'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    # Left to itself XLA puts features first, as the products that give weights'
+    # gradients like it, and norms then sum over the slow axis.
+    x = with_layout_constraint(x, _FEATURES_LAST)
     return _scale_by_norm(self.epsilon, x, scale).astype(
         activation_dtype(self.dtype))
 

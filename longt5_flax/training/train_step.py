@@ -18,6 +18,12 @@ from longt5_flax.training.losses import LossSums, chunked_cross_entropy
 
 Batch = dict[str, Int[Array, 'B length']]
 
+_COMPILER_OPTIONS = {
+    # Products of one operand (query, key, value) stay apart: XLA would make one
+    # product of them and then copy its slices.
+    'gpu': {'xla_gpu_dot_merger_threshold_mb': 0},
+}
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -122,6 +128,23 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def jit_train_step(
+    train_step: Callable[[TrainState, Batch],
+                         tuple[TrainState, dict[str, Array]]],
+    shardings: TrainState, platform: str,
+) -> Any:
+  """`train_step` for the devices of a platform; the state it gets is donated.
+
+  Args:
+    train_step: of `make_train_step`.
+    shardings: of the state.
+    platform: 'cpu', 'gpu' or 'tpu'.
+  """
+  return jax.jit(
+      train_step, donate_argnums=0, out_shardings=(shardings, None),
+      compiler_options=_COMPILER_OPTIONS.get(platform))
 
 
 def _accumulate(grad_fn, state, batch, microbatches):

@@ -23,21 +23,22 @@ WIDE = LongT5Config(local_radius=600)
 
 @pytest.mark.parametrize('asked, config, length, platform, says', [
     ('auto', CONFIG, 8192, 'cpu', 'reference (up to 8192 tokens on a CPU)'),
-    ('auto', CONFIG, 8193, 'cpu', 'chunked, from targets to inputs reference '
+    ('auto', CONFIG, 8193, 'cpu', 'chunked, in the decoder reference '
      '(beyond 8192 tokens on a CPU)'),
     ('auto', CONFIG, 100, 'gpu', 'fused (kernels for GPUs)'),
-    ('auto', CONFIG, 100, 'tpu', 'fused (kernels for TPUs)'),
+    ('auto', CONFIG, 100, 'tpu', 'fused, from targets to inputs fused, to '
+     'targets reference (kernels for TPUs)'),
     ('auto', WIDE, 100, 'gpu', 'fused (kernels for GPUs)'),
-    ('auto', WIDE, 100, 'tpu', 'chunked, from targets to inputs reference '
+    ('auto', WIDE, 100, 'tpu', 'chunked, in the decoder reference '
      '(fused needs a local_radius of at most 512 on a TPU, not 600)'),
-    ('auto', CONFIG, 100, 'other', 'chunked, from targets to inputs reference '
+    ('auto', CONFIG, 100, 'other', 'chunked, in the decoder reference '
      "(fused needs an NVIDIA GPU or a TPU, not 'other')"),
     ('auto', FULL, 10**5, 'cpu', 'reference (beyond 8192 tokens on a CPU; '
      'full attention has one implementation)'),
-    ('fused', FULL, 100, 'gpu', 'reference, from targets to inputs fused '
+    ('fused', FULL, 100, 'gpu', 'reference, in the decoder fused '
      '(asked for fused; full attention has one implementation)'),
     ('chunked', CONFIG, 100, 'gpu',
-     'chunked, from targets to inputs reference (asked for chunked)'),
+     'chunked, in the decoder reference (asked for chunked)'),
     ('reference', CONFIG, 10**6, 'tpu', 'reference (asked for reference)')])
 def test_choice(asked, config, length, platform, says):
   choice = choose_attention(asked, config, length, platform)

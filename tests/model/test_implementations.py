@@ -20,7 +20,10 @@ from longt5_flax.model.attention import (
     local_attention,
 )
 from longt5_flax.model.chunked_attention import chunked_attention
-from longt5_flax.model.fused_attention import fused_attention
+from longt5_flax.model.fused_attention import (
+    fused_attention,
+    fused_causal_attention,
+)
 from longt5_flax.model.global_tokens import (
     assign_global_blocks,
     segment_positions,
@@ -173,6 +176,44 @@ def test_fused_on_a_tpu_equals_reference(
       values_and_gradients(reference, arrays, with_rest, segment_ids))
 
 
+def of_targets(rows, length, shape):
+  """Random arguments of attention of targets to each other: those that have
+  gradients, and segments."""
+  segment_ids = segments(rows, length)
+  arrays, _ = random_inputs(segment_ids, length, 0, 0, shape)
+  return arrays | {'bias': arrays['bias'][:, :length]}, segment_ids
+
+
+def causal_values_and_gradients(
+    attend, arrays, segment_ids, dtype=jnp.float32):
+  def with_rest(arrays):
+    return *(arrays[name] for name in ('query', 'key', 'value', 'bias')
+             ), segment_ids, dtype
+
+  return values_and_gradients(attend, arrays, with_rest, segment_ids)
+
+
+def all_before(query, key, value, bias, segment_ids, dtype):
+  """What `fused_causal_attention` computes, from all scores."""
+  length = query.shape[1]
+  offsets = jnp.arange(length) - jnp.arange(length)[:, None]
+  sees = (segment_ids[:, :, None] == segment_ids[:, None]) & (offsets <= 0)
+  bias = bias[:, jnp.minimum(offsets, 0) + length - 1]
+  return full_attention(query, key, value, bias[None], sees[:, None], dtype)[0]
+
+
+@pytest.mark.parametrize('rows, length', [
+    ([[100], [41]], 100), ([[50, 3, 20, 1], [60, 3, 34]], 97),
+    ([[9], [4, 5]], 9)])
+def test_causal_equals_reference(rows, length):
+  arrays, segment_ids = of_targets(rows, length, (HEADS, HEAD_SIZE))
+  attend = functools.partial(
+      fused_causal_attention, options=KernelOptions(16, interpret=True))
+  golden.assert_trees_close(
+      causal_values_and_gradients(attend, arrays, segment_ids),
+      causal_values_and_gradients(all_before, arrays, segment_ids))
+
+
 def targets_and_inputs(target_rows, input_rows, lengths, shape):
   """Arrays with a gradient, and the segments of targets and inputs."""
   ids = tuple(segments(rows, length) for rows, length in zip(
@@ -268,8 +309,9 @@ def test_fused_on_a_mesh():
 def test_in_the_model(monkeypatch):
   """Gradients of stacked, recomputed layers with dropout."""
   monkeypatch.setattr(encoder, 'fused_attention', fused)
-  monkeypatch.setattr(decoder, 'segment_attention', functools.partial(
-      segment_attention, options=KernelOptions(16, interpret=True)))
+  for attend in (segment_attention, fused_causal_attention):
+    monkeypatch.setattr(decoder, attend.__name__, functools.partial(
+        attend, options=KernelOptions(16, interpret=True)))
   config = LongT5Config(
       vocab_size=50, d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=2,
       local_radius=7, global_block_size=4, dropout_rate=0.3,
@@ -350,6 +392,22 @@ def test_segment_attention_is_compiled_for_cuda():
     assert f'longt5_segment_attention_{kernel}' in lowered.as_text()
 
 
+def test_causal_is_compiled_for_cuda():
+  arrays, segment_ids = of_targets(*REAL_TARGETS)
+  compiled = jax.jit(jax.grad(lambda arrays: jnp.sum(fused_causal_attention(
+      *(arrays[name] for name in ('query', 'key', 'value', 'bias')),
+      segment_ids, jnp.bfloat16))))
+  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+    lowered = compiled.trace(arrays).lower(lowering_platforms=('cuda',))
+  for kernel in ('forward', 'backward_query', 'backward_key',
+                 'backward_local_bias'):
+    assert f'longt5_attention_{kernel}' in lowered.as_text()
+
+
+# Base's heads; a row of one document, and a packed one.
+REAL_TARGETS = [[910], [100, 3, 800]], 910, (12, 64)
+
+
 def real_targets():
   """Base's heads; a row of one document, and a packed one."""
   return targets_and_inputs(
@@ -389,6 +447,19 @@ def test_segment_attention_on_a_gpu(dtype):
   arrays, ids = real_targets()
   exact = segment_values_and_gradients(whole_segments, arrays, ids)
   found = segment_values_and_gradients(segment_attention, arrays, ids, dtype)
+  if dtype == jnp.float32:
+    golden.assert_trees_close(found, exact)
+  else:
+    check_errors(found, exact, dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_causal_on_a_gpu(dtype):
+  arrays, segment_ids = of_targets(*REAL_TARGETS)
+  exact = causal_values_and_gradients(all_before, arrays, segment_ids)
+  found = causal_values_and_gradients(
+      fused_causal_attention, arrays, segment_ids, dtype)
   if dtype == jnp.float32:
     golden.assert_trees_close(found, exact)
   else:

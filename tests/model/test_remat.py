@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
-from longt5_flax.model import decoder, encoder
-from longt5_flax.model.fused_attention import fused_attention
+from longt5_flax.model import attention_choice, decoder, encoder
+from longt5_flax.model.fused_attention import (
+    fused_attention,
+    fused_causal_attention,
+)
 from longt5_flax.model.kernels.calls import KernelOptions
 from longt5_flax.model.segment_attention import segment_attention
 from longt5_flax.training import partitioning
@@ -23,10 +26,14 @@ PRODUCTS = LAYERS * (9 + 11)
 @pytest.fixture(params=['gpu', 'tpu'])
 def kernels(monkeypatch, request):
   options = KernelOptions(16, interpret=True, platform=request.param)
+  monkeypatch.setattr(
+      attention_choice, 'target_platform', lambda: request.param)
   for module, attend in ((encoder, fused_attention),
-                         (decoder, segment_attention)):
+                         (decoder, segment_attention),
+                         (decoder, fused_causal_attention)):
     monkeypatch.setattr(module, attend.__name__, functools.partial(
         attend, options=options))
+  return request.param
 
 
 def model_of(remat, attention='fused', **options):
@@ -108,9 +115,14 @@ def test_kernels_run_again(kernels, on_a_mesh):
   none = calls('none')
   forward = {name for name in none if name.endswith('_forward')}
   assert len(forward) == 2
-  assert set(none.values()) == {LAYERS}
+  of_encoder_and_decoder = {
+      f'longt5_attention_{name}' for name in (
+          'forward', 'backward_query', 'backward_key', 'backward_local_bias')
+      if kernels == 'gpu'}
+  assert none == {name: LAYERS * (1 + (name in of_encoder_and_decoder))
+                  for name in none}
   assert calls('dots') == none
-  again = none | dict.fromkeys(forward, 2 * LAYERS)
+  again = none | {name: 2 * none[name] for name in forward}
   assert calls('layer') == again
   assert calls('offload') == again
 

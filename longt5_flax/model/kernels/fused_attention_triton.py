@@ -6,7 +6,7 @@ they compute.
 
 A query tile meets three kinds of key tiles:
 
-  local   the tiles whose tokens may lie within the radius. The bias of each
+  local   the tiles whose tokens may lie within reach. The bias of each
           relative tile is a dense Toeplitz tile with the band cut out.
   near    global tokens within reach, in a window that begins at the same
           offset from the first block of every query tile; so one tile of
@@ -45,12 +45,13 @@ class Geometry(NamedTuple):
 
   Attributes:
     tiling: of tokens, and of global tokens.
-    reach_tiles: local key tiles on either side of a query tile's own.
+    behind, ahead: how far before and after itself a query sees local keys.
     rows: of the near bias: blocks that tokens of a tile may be in.
     near: global tokens of the near window; 0 without global tokens.
   """
   tiling: Tiling
-  reach_tiles: int
+  behind: int
+  ahead: int
   rows: int
   near: int
 
@@ -59,8 +60,18 @@ class Geometry(NamedTuple):
     return self.tiling.tile
 
   @property
+  def tiles_behind(self) -> int:
+    """Local key tiles before a query tile's own."""
+    return -(-self.behind // self.tile)
+
+  @property
+  def tiles_ahead(self) -> int:
+    """Local key tiles after a query tile's own."""
+    return -(-self.ahead // self.tile)
+
+  @property
   def local_tiles(self) -> int:
-    return 2 * self.reach_tiles + 1
+    return self.tiles_behind + 1 + self.tiles_ahead
 
 
 class Tokens(NamedTuple):
@@ -199,11 +210,10 @@ def _side(geometry, refs, tile, segments):
       refs, rows, segments, far_bias, window, before, behind, tuple(clean))
 
 
-def _local_range(geometry, tile, length):
-  """The local key tiles of a query tile, and as well the other way round."""
-  reach = geometry.reach_tiles
-  return (jnp.maximum(tile - reach, 0),
-          jnp.minimum(tile + reach + 1, length // geometry.tile))
+def _range_around(geometry, tile, before, after, length):
+  """The tiles from `before` before a tile to `after` after it."""
+  return (jnp.maximum(tile - before, 0),
+          jnp.minimum(tile + after + 1, length // geometry.tile))
 
 
 def _fold_local(geometry, tokens, tile, segments, body, carry):
@@ -215,9 +225,11 @@ def _fold_local(geometry, tokens, tile, segments, body, carry):
     part = tiles.at(j, geometry.tile)
     mask = tiles.segment_mask(clean, j, segments, tokens.segment_ids, part)
     return body(tiles.load_keys(tokens, part), mask,
-                tokens.bias[j - tile + geometry.reach_tiles], carry)
+                tokens.bias[j - tile + geometry.tiles_behind], carry)
 
-  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  first, end = _range_around(
+      geometry, tile, geometry.tiles_behind, geometry.tiles_ahead,
+      tokens.key.shape[0])
   return jax.lax.fori_loop(first, end, step, carry)
 
 
@@ -317,10 +329,12 @@ def _backward_key(geometry, tokens, columns, d_key_ref, d_value_ref):
     return tiles.add_key_gradient(
         geometry.tiling, tokens.query[part, :], keys, None, mask,
         columns.load(part), gradients,
-        tokens.bias[tile - i + geometry.reach_tiles])
+        tokens.bias[tile - i + geometry.tiles_behind])
 
   zeros = jnp.zeros(keys.key.shape, jnp.float32)
-  first, end = _local_range(geometry, tile, tokens.key.shape[0])
+  first, end = _range_around(
+      geometry, tile, geometry.tiles_ahead, geometry.tiles_behind,
+      tokens.key.shape[0])
   d_key, d_value = jax.lax.fori_loop(
       first, end, of_query_tile, (zeros, zeros))
   d_key_ref[...] = d_key.astype(d_key_ref.dtype)
@@ -373,7 +387,7 @@ def _backward_side(geometry, shift, tokens, side, columns, d_key_ref,
 def _backward_local_bias(geometry, tokens, rows, d_bias_ref):
   """The gradient of one relative tile's bias, over a part of the batch's query
   tiles."""
-  relative = pl.program_id(1) - geometry.reach_tiles
+  relative = pl.program_id(1) - geometry.tiles_behind
   bias = tokens.bias[...]
   count = tokens.query.shape[0] // geometry.tile
   clean = tiles.span(tokens.clean)
