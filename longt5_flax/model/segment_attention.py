@@ -2,7 +2,7 @@
 scores: here those of GPUs (`kernels/segment_attention_triton.py`), in
 `segment_attention_tpu` those of TPUs."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ from longt5_flax.model.kernels.triton_tiles import (
 # many may share the keys of a tile of queries to get there.
 _PROGRAMS = 512
 _MAX_PARTS = 8
+# The least queries that a product takes.
+_LEAST_TILE = 16
 
 
 def segment_attention(
@@ -74,52 +76,66 @@ def segment_attention(
 def _attend(tokens, tables, ids, dtype, options):
   del tables
   length, size = tokens[0].shape[1::2]
+  # A step of decoding has a query or a few.
+  query_tile = min(options.tile,
+                   max(_LEAST_TILE, 1 << (length - 1).bit_length()))
+  multiples = query_tile, options.tile, options.tile
   query_segments, segment_ids = (
-      jnp.pad(x, ((0, 0), (0, -x.shape[1] % options.tile))) for x in ids)
+      jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
+      for x, multiple in zip(ids, multiples[:2], strict=True))
   output = _segment_attention(
-      options.tiling(dtype),
-      *(to_operands(x, dtype, options.tile) for x in tokens),
+      options.tiling(dtype), query_tile,
+      *(to_operands(x, dtype, multiple)
+        for x, multiple in zip(tokens, multiples, strict=True)),
       query_segments, segment_ids)
   return output[:, :length, :, :size].astype(tokens[0].dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _segment_attention(tiling, query, key, value, query_segments, segment_ids):
-  return _forward(
-      tiling, query, key, value, query_segments, segment_ids)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _segment_attention(tiling, query_tile, query, key, value, query_segments,
+                       segment_ids):
+  return _forward(tiling, query_tile, query, key, value, query_segments,
+                  segment_ids)[0]
 
 
-def _forward(tiling, query, key, value, query_segments, segment_ids):
+def _forward(tiling, query_tile, query, key, value, query_segments,
+             segment_ids):
   arrays = kernels.Arrays(query, query_segments, key, value, segment_ids)
   spans = checkpoint_name(
-      _spans(tiling, query_segments, segment_ids), LAYOUT)
-  outputs, lses = kernels.forward(
-      tiling, arrays, spans[0], _parts(tiling, query))
-  lse, shares = _join(lses)
-  output = jnp.einsum('pBTHK,pBHT->BTHK', outputs, shares).astype(query.dtype)
-  output, lse = checkpoint_name((output, lse), ATTENDED)
+      _spans(tiling, query_tile, query_segments, segment_ids), LAYOUT)
+  output, lse = _join(*kernels.forward(
+      tiling, arrays, spans[0], _parts(query_tile, query)))
+  output, lse = checkpoint_name((output.astype(query.dtype), lse), ATTENDED)
   return output, (arrays, spans, output, lse)
 
 
-def _join(lses):
-  """[B, H, T] of the softmax over all parts, and the share of each part in it,
-  [parts, B, H, T]. Where a query sees nothing a kernel wrote -MASKED."""
-  seen = lses < -MASKED
-  top = jnp.max(jnp.where(seen, lses, MASKED), axis=0)
-  total = jnp.sum(jnp.where(seen, jnp.exp2(lses - top), 0), axis=0)
+def _join(outputs, lses):
+  """Output, [B, T, H, K], and the logarithm of the sum, [B, H, T], of the
+  softmax over all parts. Where a query sees nothing a kernel wrote -MASKED.
+
+  Part by part: XLA would make a kernel of every reduction over them.
+  """
+  lses = [jnp.where(lse < -MASKED, lse, MASKED) for lse in lses]
+  top = reduce(jnp.maximum, lses)
+  weights = [jnp.where(lse > MASKED, jnp.exp2(lse - top), 0) for lse in lses]
+  total = reduce(jnp.add, weights)
   lse = jnp.where(total > 0, top + jnp.log2(total), -MASKED)
-  return lse, jnp.where(seen, jnp.exp2(lses - lse), 0)
+  share = jnp.where(total > 0, 1 / total, 0)
+  return reduce(jnp.add, [
+      (weight * share).swapaxes(1, 2)[..., None] * output
+      for weight, output in zip(weights, outputs, strict=True)]), lse
 
 
-def _backward(tiling, residuals, gradient):
+def _backward(tiling, query_tile, residuals, gradient):
   arrays, (key_spans, query_spans), output, lse = residuals
   delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
   rows = Rows(gradient, lse, delta)
   d_query = jnp.sum(kernels.backward_query(
-      tiling, arrays, key_spans, rows, _parts(tiling, arrays.query)), axis=0)
+      tiling, arrays, key_spans, rows, _parts(query_tile, arrays.query)),
+      axis=0)
   pack = jax.vmap(jax.vmap(partial(statistics, dtype=gradient.dtype)))
   d_key, d_value = kernels.backward_key(
-      tiling, arrays, query_spans, Columns(
+      tiling, query_tile, arrays, query_spans, Columns(
           gradient, pack(lse, delta), which_statistics(
               tiling.tile, gradient.dtype)))
   return d_query.astype(arrays.query.dtype), d_key, d_value, None, None
@@ -128,19 +144,20 @@ def _backward(tiling, residuals, gradient):
 _segment_attention.defvjp(_forward, _backward)
 
 
-def _parts(tiling, query):
+def _parts(query_tile, query):
   """Programs that share the keys of a tile of queries."""
   batch, length, heads, _ = query.shape
-  programs = batch * heads * (length // tiling.tile)
+  programs = batch * heads * (length // query_tile)
   return min(_MAX_PARTS, -(-_PROGRAMS // programs))
 
 
-def _spans(tiling, query_segments, segment_ids):
+def _spans(tiling, query_tile, query_segments, segment_ids):
   """[B, query tiles, 4]: the key tiles from first to end that a query tile
   shares a segment with, and those of which all see each other; and the same
   for key tiles, [B, key tiles, 4]."""
-  queries, keys = (x.reshape(x.shape[0], -1, tiling.tile)
-                   for x in (query_segments, segment_ids))
+  queries, keys = (
+      x.reshape(x.shape[0], -1, tile) for x, tile in (
+          (query_segments, query_tile), (segment_ids, tiling.tile)))
   shared = ranges_meet(segment_range(queries), segment_range(keys))
   every = all_see(queries, keys)
   return tuple(

@@ -259,6 +259,16 @@ def test_segment_attention_equals_reference(
       segment_values_and_gradients(whole_segments, arrays, ids))
 
 
+def test_few_queries_have_small_tiles():
+  arrays, ids = targets_and_inputs(
+      [[2, 1], [18]], [[50, 30], [150]], (18, 150), (HEADS, HEAD_SIZE))
+  attend = functools.partial(
+      segment_attention, options=KernelOptions(64, interpret=True))
+  golden.assert_trees_close(
+      segment_values_and_gradients(attend, arrays, ids),
+      segment_values_and_gradients(whole_segments, arrays, ids))
+
+
 def test_segment_attention_on_a_tpu_equals_reference():
   """Targets of several tiles; some see nothing."""
   arrays, ids = targets_and_inputs(

@@ -243,8 +243,7 @@ def _forward(geometry, tokens, side_refs, out_ref, lse_ref):
         geometry.tiling, query, keys, bias, mask, softmax, shift)
 
   softmax = _fold_local(
-      geometry, tokens, tile, segments, attend,
-      tiles.no_keys(geometry.tiling, query.shape[1]))
+      geometry, tokens, tile, segments, attend, tiles.no_keys(query))
   if side_refs is not None:
     side = _side(geometry, side_refs, tile, segments)
 

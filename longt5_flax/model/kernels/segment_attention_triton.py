@@ -1,8 +1,9 @@
 """The GPU kernels of `segment_attention`: attention of every query to all keys
 of its segment, no bias, through Pallas' Triton backend.
 
-Few queries may face many keys: then programs share the keys of one tile of
-queries, and what they found is put together outside.
+Few queries may face many keys: then tiles of queries are smaller than those of
+keys, programs share the keys of one tile of queries, and what they found is put
+together outside.
 
 No two programs add to one address, so results do not depend on their order.
 """
@@ -19,7 +20,7 @@ from longt5_flax.model.kernels.triton_tiles import Columns, Rows, Tiling
 
 
 class Arrays(NamedTuple):
-  """Queries and keys; T and S are whole tiles.
+  """Queries and keys; T and S are whole tiles of their own.
 
   Attributes:
     query: [B, T, H, K].
@@ -63,8 +64,7 @@ def _forward(tiling, arrays, span_ref, out_ref, lse_ref):
     return tiles.attend(tiling, query, keys, None, mask, softmax)
 
   first, end = _share(spans)
-  softmax = jax.lax.fori_loop(
-      first, end, add, tiles.no_keys(tiling, query.shape[1]))
+  softmax = jax.lax.fori_loop(first, end, add, tiles.no_keys(query))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
   tiles.write(softmax, sees, out_ref, lse_ref)
 
@@ -85,13 +85,14 @@ def _backward_query(tiling, arrays, span_ref, rows, d_query_ref):
       first, end, add, jnp.zeros(query.shape, jnp.float32))
 
 
-def _backward_key(tiling, arrays, span_ref, columns, d_key_ref, d_value_ref):
+def _backward_key(tiling, query_tile, arrays, span_ref, columns, d_key_ref,
+                  d_value_ref):
   keys = tiles.Keys(arrays.key[...], arrays.value[...])
   segments, columns = arrays.segment_ids[...], columns.hold()
   first, end, *clean = _load_spans(span_ref)
 
   def add(i, gradients):
-    part = tiles.at(i, tiling.tile)
+    part = tiles.at(i, query_tile)
     mask = tiles.segment_mask(clean, i, segments, arrays.query_segments, part)
     return tiles.add_key_gradient(
         tiling, arrays.query[part, :], keys, None, mask, columns.load(part),
@@ -101,6 +102,10 @@ def _backward_key(tiling, arrays, span_ref, columns, d_key_ref, d_value_ref):
   d_key, d_value = jax.lax.fori_loop(first, end, add, (zeros, zeros))
   d_key_ref[...] = d_key.astype(d_key_ref.dtype)
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
+
+
+def _query_tile(arrays, spans):
+  return arrays.query.shape[1] // spans.shape[1]
 
 
 def _specs(arrays, queries, keys):
@@ -115,10 +120,10 @@ def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
             ) -> tuple[jax.Array, jax.Array]:
   """What queries attend to in each part of their keys, [parts, B, T, H, K], and
   the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
-  float32. `spans`: [B, T / tile, 4], from which to before which tile of keys a
-  tile of queries sees any, and those of which every query sees every key."""
+  float32. `spans`: [B, query tiles, 4], from which to before which tile of keys
+  a tile of queries sees any, and those of which every query sees every key."""
   batch, length, heads, size = arrays.query.shape
-  tile = tiling.tile
+  tile = _query_tile(arrays, spans)
   out = pl.BlockSpec((None, None, tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
   lse = pl.BlockSpec((None, None, None, tile), lambda b, h, i, p: (p, b, h, i))
@@ -137,7 +142,7 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
   """The gradient of queries, [parts, B, T, H, K] in float32; it is the sum over
   parts. `spans` is that of `forward`."""
   batch, length, heads, size = arrays.query.shape
-  tile = tiling.tile
+  tile = _query_tile(arrays, spans)
   row = tiles.row_tiles(rows.lse, tile)
   return tiles.call(
       tiling, partial(_backward_query, tiling),
@@ -151,15 +156,16 @@ def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
       'longt5_segment_attention_backward_query')(arrays, spans, rows)
 
 
-def backward_key(tiling: Tiling, arrays: Arrays, spans: jax.Array,
-                 columns: Columns) -> tuple[jax.Array, jax.Array]:
+def backward_key(
+    tiling: Tiling, query_tile: int, arrays: Arrays, spans: jax.Array,
+    columns: Columns) -> tuple[jax.Array, jax.Array]:
   """The gradients of keys and values, [B, S, H, K]. `spans`: [B, S / tile, 4],
   as for `forward` the other way round."""
   batch, length, heads, _ = arrays.key.shape
   key = tiles.tiles(arrays.key, tiling.tile)
   shape = jax.ShapeDtypeStruct(arrays.key.shape, arrays.key.dtype)
   return tiles.call(
-      tiling, partial(_backward_key, tiling),
+      tiling, partial(_backward_key, tiling, query_tile),
       (batch, heads, length // tiling.tile),
       [_specs(arrays, tiles.whole, partial(tiles.tiles, size=tiling.tile)),
        tiles.of_tile(spans), tiles.column_specs(columns)],

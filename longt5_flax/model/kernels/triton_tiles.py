@@ -25,7 +25,8 @@ class Tiling(NamedTuple):
   """What is known of all tiles when a kernel is compiled.
 
   Attributes:
-    tile: tokens of a tile, queries or keys.
+    tile: tokens of a tile, queries or keys; of keys where few queries have
+      tiles of their own.
     precision: of products of float32 operands.
     stages: tiles that loops hold at a time: one in use, others on their way.
     interpret: run on any device, slowly.
@@ -197,11 +198,11 @@ def segment_mask(clean: Sequence[Any], index: Any, segments: Any, others: Any,
       scores, segments, others[part]))
 
 
-def no_keys(tiling: Tiling, size: int) -> Softmax:
+def no_keys(query: Any) -> Softmax:
   """Where `attend` begins."""
-  return Softmax(jnp.full((tiling.tile,), MASKED, jnp.float32),
-                 jnp.zeros((tiling.tile,), jnp.float32),
-                 jnp.zeros((tiling.tile, size), jnp.float32))
+  return Softmax(jnp.full(query.shape[:1], MASKED, jnp.float32),
+                 jnp.zeros(query.shape[:1], jnp.float32),
+                 jnp.zeros(query.shape, jnp.float32))
 
 
 def attend(tiling: Tiling, query: Any, keys: Keys, bias: Any, mask: Mask,
