@@ -199,9 +199,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Of stacked layers so many are compiled, as one turn of a loop over them; 0:
   # all, without a loop, which compiles longer and runs faster.
   config.precision.scan_unroll = 0
-  # To the inputs: 'reference' holds all scores; 'chunked' those of some blocks
-  # at a time and recomputes them, so that memory is linear in the length;
-  # 'fused' none, in kernels for NVIDIA GPUs and TPUs. 'auto' is 'fused' where
+  # 'reference' holds all scores; 'chunked' those of some blocks of inputs at a
+  # time and recomputes them, so that memory is linear in their length; 'fused'
+  # none, in kernels for NVIDIA GPUs and TPUs. 'auto' is 'fused' where
   # it runs, else 'chunked', and on a CPU 'reference' up to 8192 tokens.
   config.precision.attention = 'auto'
 
