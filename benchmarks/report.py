@@ -21,7 +21,7 @@ from longt5_flax.config import ConfigError
 # What tells one case of a benchmark from another.
 _CASE = ('benchmark', 'measure', 'implementation', 'preset', 'length', 'rows',
          'targets', 'beams', 'new_tokens', 'attention', 'remat', 'scan_layers',
-         'optimizer', 'dtype', 'device')
+         'scan_unroll', 'optimizer', 'dtype', 'device')
 _STYLES = {'longt5_flax': ('C0', 'o'), 'transformers eager': ('C1', 's'),
            'transformers compile': ('C3', '^')}
 
@@ -70,8 +70,10 @@ def series(line: Line) -> str:
   options = [line['attention']]
   if line.get('remat', 'none') != 'none':
     options.append(f'remat {line["remat"]}')
-  if line.get('scan_layers'):
-    options.append('stacked')
+  if line.get('scan_unroll'):
+    options.append('in a loop')
+  elif not line.get('scan_layers', True):
+    options.append('layers apart')
   return f'{name} {", ".join(options)}'
 
 

@@ -70,7 +70,8 @@ from longt5_flax.training.train_step import (
 
 CONFIG = str(Path(__file__).parent.parent / 'configs' / 'base.py')
 PEERS = ('eager', 'compile', 'eager-remat', 'compile-remat')
-# Inputs of a row from which layers are recomputed, unless --remat is given.
+# Inputs of a row from which memory is short: layers are recomputed, unless
+# --remat is given, and in a loop, which keeps less.
 REMAT_FROM = 1 << 20
 
 
@@ -238,7 +239,8 @@ def overrides_of(arguments: argparse.Namespace, case: str, attention: str,
       'model.preset': arguments.preset, 'data.inputs_length': length,
       'data.targets_length': arguments.targets, 'data.batch_size': rows,
       'precision.dtype': arguments.dtype, 'precision.attention': attention,
-      'precision.remat': remat, 'precision.scan_layers': scan}
+      'precision.remat': remat, 'precision.scan_layers': scan,
+      'precision.scan_unroll': int(length >= REMAT_FROM)}
   return [*config_overrides(values),
           *(f'--config.{text}' for text in arguments.override)]
 
@@ -275,6 +277,7 @@ def variants(arguments: argparse.Namespace, case: str) -> Iterator[Line]:
         'targets': arguments.targets, 'dtype': arguments.dtype,
         'attention': attention, 'remat': remat,
         'scan_layers': config.precision.scan_layers,
+        'scan_unroll': config.precision.scan_unroll,
         'optimizer': config.optimizer.name, 'override': arguments.override}}
 
 
@@ -304,7 +307,7 @@ def run_profile(arguments: argparse.Namespace, variant: Line) -> Line:
   line = variant['line']
   name = '-'.join(str(line[key]) for key in (
       'preset', 'length', 'rows', 'attention', 'remat')) + (
-          '-scan' if line['scan_layers'] else '')
+          '' if line['scan_layers'] else '-apart')
   folder = os.path.abspath(arguments.profile)
   result = run_alone(
       'benchmarks.train_step:profile',
@@ -357,8 +360,9 @@ def make_parser() -> argparse.ArgumentParser:
   add('--attention', nargs='+', default=['fused'],
       help='as precision.attention; several are measured one by one')
   add('--remat', nargs='+',
-      help=f'as precision.remat; by default none, and layer from {REMAT_FROM}')
-  add('--scan', nargs='+', default=['false'], choices=('true', 'false'),
+      help='as precision.remat; by default none, and layer, in a loop, from '
+      f'{REMAT_FROM}')
+  add('--scan', nargs='+', default=['true'], choices=('true', 'false'),
       help='as precision.scan_layers')
   add('--override', nargs='+', default=[], metavar='KEY=VALUE',
       help='of configs/base.py')

@@ -86,6 +86,15 @@ def test_train_step(here, tmp_path, capsys):
   assert peer['speedup'] == pytest.approx(1e6 / ours['median_ms'], rel=1e-3)
 
 
+@pytest.mark.parametrize('case, remat, scan_unroll', [
+    ('131072x1', 'none', 0), ('1048576x1', 'layer', 1)])
+def test_what_memory_allows(here, case, remat, scan_unroll):
+  arguments = train_step.make_parser().parse_args(['--attention=reference'])
+  [variant] = train_step.variants(arguments, case)
+  assert variant['line']['remat'] == remat
+  assert variant['line']['scan_unroll'] == scan_unroll
+
+
 def test_profile(here, tmp_path, capsys):
   [_, line] = lines_of(train_step, [
       *STEP, '--profile', str(tmp_path), '--profile_steps=2'], capsys)
