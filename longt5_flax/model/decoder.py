@@ -300,6 +300,8 @@ class Decoder(nn.Module):
     if self.has_variable('cache', 'ancestors'):
       bias, self_mask = self._of_ancestors(
           bias, self_mask, start, cache['key'].shape[-3])
+    # Or every layer looks up the biases once more, in a kernel of its own.
+    bias, self_mask = jax.lax.optimization_barrier((bias, self_mask))
     context = DecoderContext(
         None, bias[None], self_mask,
         (encoder_segment_ids > 0)[:, None, None], None,
