@@ -24,14 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.processes import (
-    Line,
-    add_peer_options,
-    environment,
-    run_alone,
-    run_peer_alone,
-    show_on,
-)
+from benchmarks import processes
+from benchmarks.processes import Line
 from benchmarks.timing import Limits, compare, named, time_calls
 from benchmarks.train_step import parse_case, whole_memory
 from longt5_flax.config import ConfigError
@@ -153,7 +147,7 @@ def run_case(arguments: argparse.Namespace, case: str) -> Iterator[Line]:
   for implementation in arguments.implementation:
     ours.append(line | {
         'implementation': implementation, 'dtype': arguments.dtype}
-                | run_alone('benchmarks.attention:measure', asked | {
+                | processes.run_alone('benchmarks.attention:measure', asked | {
                     'implementation': implementation, 'dtype': arguments.dtype},
                             arguments.case_timeout, environment=whole_memory()))
     yield ours[-1]
@@ -161,7 +155,7 @@ def run_case(arguments: argparse.Namespace, case: str) -> Iterator[Line]:
     key = 'forward_backward_ms'
     best = min((each for each in ours if 'error' not in each),
                key=lambda each: each[key], default=None)
-    peer = run_peer_alone('benchmarks.peers:attention', asked | {
+    peer = processes.run_peer_alone('benchmarks.peers:attention', asked | {
         'heads': HEADS, 'head_size': HEAD_SIZE, 'radius': RADIUS,
         'block_size': BLOCK_SIZE, 'reach': REACH}, arguments)
     yield compare(
@@ -180,7 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--dtype', default='bfloat16', choices=DTYPES)
   add('--seconds', type=float, default=1.0, help='of each measurement')
   add('--peer', action='store_true')
-  add_peer_options(parser)
+  processes.add_peer_options(parser)
   add('--case_timeout', type=float, default=300.0,
       help='seconds that a measurement may take, compilation included')
   add('--out', metavar='FILE', help='add the lines to it, too')
@@ -196,12 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  show = show_on(arguments.out)
-  show(environment('attention', 'jax'))
+  show = processes.show_on(arguments.out)
+  show(processes.environment('attention', 'jax'))
   for implementation in arguments.implementation:
     show({'benchmark': 'attention', 'measure': 'errors',
           'implementation': implementation, 'dtype': arguments.dtype,
-          **run_alone('benchmarks.attention:errors', {
+          **processes.run_alone('benchmarks.attention:errors', {
               'implementation': implementation, 'dtype': arguments.dtype},
                       arguments.case_timeout)})
   for case in arguments.case:

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from benchmarks.processes import Line, environment, run_alone, show_on
+from benchmarks import processes
+from benchmarks.processes import Line
 from benchmarks.train_step import (
     CONFIG,
     compile_step,
@@ -46,7 +47,7 @@ def compile_twice(overrides: list[str], timeout: float) -> tuple[Line, Line]:
         'JAX_COMPILATION_CACHE_DIR': cache,
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
-    cold, cached = (run_alone(
+    cold, cached = (processes.run_alone(
         'benchmarks.compile_time:measure', {'overrides': overrides}, timeout,
         environment=variables) for _ in range(2))
   return cold, cached
@@ -109,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  show = show_on(arguments.out)
-  show(environment('compile_time', 'jax', 'flax', 'optax'))
+  show = processes.show_on(arguments.out)
+  show(processes.environment('compile_time', 'jax', 'flax', 'optax'))
   for (preset, scan), each in zip(cases, overrides, strict=True):
     runs = [compile_twice(each, arguments.case_timeout)
             for _ in range(arguments.repeats)]

@@ -30,15 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import step_profile
-from benchmarks.processes import (
-    Line,
-    add_peer_options,
-    environment,
-    run_alone,
-    run_peer_alone,
-    show_on,
-)
+from benchmarks import processes, step_profile
+from benchmarks.processes import Line
 from benchmarks.timing import MEMORY_RATE, Limits, compare, spread, time_calls
 from benchmarks.train_step import whole_memory
 from longt5_flax import FlaxLongT5ForConditionalGeneration, LongT5Config
@@ -168,7 +161,7 @@ def run_case(arguments: argparse.Namespace, case: Case) -> Iterator[Line]:
   if arguments.profile:
     name = f'generate-{arguments.preset}-' + '-'.join(map(str, case))
     folder = os.path.abspath(arguments.profile)
-    result = run_alone(
+    result = processes.run_alone(
         'benchmarks.generate:profile', asked | {'folder': folder, 'name': name},
         arguments.case_timeout,
         environment=whole_memory() | step_profile.prepare(folder))
@@ -176,16 +169,17 @@ def run_case(arguments: argparse.Namespace, case: Case) -> Iterator[Line]:
       step_profile.show_tables(folder, name)
     yield line | {'measure': 'profile'} | result
     return
-  ours = line | {'attention': arguments.attention} | run_alone(
+  ours = line | {'attention': arguments.attention} | processes.run_alone(
       'benchmarks.generate:measure', asked | {'limits': limits},
       arguments.case_timeout, environment=whole_memory())
   yield ours
   if arguments.peer:
-    peer = line | {'implementation': 'transformers eager'} | run_peer_alone(
+    peer = processes.run_peer_alone(
         'benchmarks.peers:generate',
         {'config': LongT5Config.preset(arguments.preset).to_dict(),
          **case._asdict(), 'new_tokens': arguments.new_tokens,
          'limits': limits}, arguments)
+    peer = line | {'implementation': 'transformers eager'} | peer
     if 'median_ms' in peer:
       peer['tokens_per_second'] = round(
           1000 * case.rows * arguments.new_tokens / peer['median_ms'], 1)
@@ -202,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--attention', default='fused', help='of the encoder')
   add('--new_tokens', type=int, default=256)
   add('--peer', action='store_true')
-  add_peer_options(parser)
+  processes.add_peer_options(parser)
   add('--profile', metavar='FOLDER', help='where decoding goes, no times')
   add('--steps', type=int, default=3, help='calls to measure, at least')
   add('--seconds', type=float, default=2.0, help='at least')
@@ -223,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  show = show_on(arguments.out)
-  show(environment('generate', 'jax', 'flax'))
+  show = processes.show_on(arguments.out)
+  show(processes.environment('generate', 'jax', 'flax'))
   for case in cases:
     for line in run_case(arguments, case):
       show(line)

@@ -39,16 +39,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import step_profile
-from benchmarks.processes import (
-    Line,
-    Show,
-    add_peer_options,
-    environment,
-    run_alone,
-    run_peer_alone,
-    show_on,
-)
+from benchmarks import processes, step_profile
+from benchmarks.processes import Line, Show
 from benchmarks.timing import (
     MATMUL_FLOPS,
     Limits,
@@ -291,7 +283,7 @@ def run_case(arguments: argparse.Namespace, case: str, peers: Sequence[str],
     if arguments.profile:
       show(run_profile(arguments, variant))
       continue
-    ours.append(variant['line'] | run_alone(
+    ours.append(variant['line'] | processes.run_alone(
         'benchmarks.train_step:measure',
         {'overrides': variant['overrides'], 'limits': limits},
         arguments.case_timeout, environment=whole_memory()))
@@ -309,7 +301,7 @@ def run_profile(arguments: argparse.Namespace, variant: Line) -> Line:
       'preset', 'length', 'rows', 'attention', 'remat')) + (
           '' if line['scan_layers'] else '-apart')
   folder = os.path.abspath(arguments.profile)
-  result = run_alone(
+  result = processes.run_alone(
       'benchmarks.train_step:profile',
       {'overrides': variant['overrides'], 'steps': arguments.profile_steps,
        'folder': folder, 'name': name}, arguments.case_timeout,
@@ -328,7 +320,7 @@ def run_peer(arguments: argparse.Namespace, case: str, peer: str,
   line = {'benchmark': 'train_step', 'implementation': f'transformers {peer}',
           'preset': arguments.preset, 'length': length, 'rows': rows,
           'targets': arguments.targets}
-  result = run_peer_alone(
+  result = processes.run_peer_alone(
       'benchmarks.peers:train',
       {'config': model.to_dict(), 'length': length, 'rows': rows,
        'targets': arguments.targets, 'compiled': peer.startswith('compile'),
@@ -369,7 +361,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--peer', nargs='*', choices=PEERS,
       help='without a value: those of the table, or eager and compile')
   add('--peer_optimizer', choices=('adamw', 'adafactor'), default='adamw')
-  add_peer_options(parser)
+  processes.add_peer_options(parser)
   add('--profile', metavar='FOLDER', help='where a step goes, instead of times')
   add('--profile_steps', type=int, default=5)
   add('--warmup', type=int, default=Limits().warmup)
@@ -394,8 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  show = show_on(arguments.out)
-  show(environment('train_step', 'jax', 'flax', 'optax'))
+  show = processes.show_on(arguments.out)
+  show(processes.environment('train_step', 'jax', 'flax', 'optax'))
   for row in table:
     peers = () if arguments.peer is None else arguments.peer or row.peers
     run_case(arguments, row.case, peers, show)

@@ -55,10 +55,8 @@ def here(monkeypatch):
     assert options.peer_timeout == 200
     return {'median_ms': 1e6, 'forward_backward_ms': 1e6, 'peak_bytes': None}
 
-  for module in (attention, train_step, generate, compile_time):
-    monkeypatch.setattr(module, 'run_alone', run_here)
-  for module in (attention, train_step, generate):
-    monkeypatch.setattr(module, 'run_peer_alone', run_peer)
+  monkeypatch.setattr(processes, 'run_alone', run_here)
+  monkeypatch.setattr(processes, 'run_peer_alone', run_peer)
 
 
 def lines_of(module, arguments, capsys):

@@ -104,7 +104,7 @@ def _forward(tiling, query_tile, query, key, value, query_segments,
   spans = checkpoint_name(
       _spans(tiling, query_tile, query_segments, segment_ids), LAYOUT)
   output, lse = _join(*kernels.forward(
-      tiling, arrays, spans[0], _parts(query_tile, query)))
+      tiling, query_tile, arrays, spans[0], _parts(query_tile, query)))
   output, lse = checkpoint_name((output.astype(query.dtype), lse), ATTENDED)
   return output, (arrays, spans, output, lse)
 
@@ -131,8 +131,8 @@ def _backward(tiling, query_tile, residuals, gradient):
   delta = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1).swapaxes(1, 2)
   rows = Rows(gradient, lse, delta)
   d_query = jnp.sum(kernels.backward_query(
-      tiling, arrays, key_spans, rows, _parts(query_tile, arrays.query)),
-      axis=0)
+      tiling, query_tile, arrays, key_spans, rows,
+      _parts(query_tile, arrays.query)), axis=0)
   pack = jax.vmap(jax.vmap(partial(statistics, dtype=gradient.dtype)))
   d_key, d_value = kernels.backward_key(
       tiling, query_tile, arrays, query_spans, Columns(

@@ -181,16 +181,28 @@ def of_targets(rows, length, shape):
   gradients, and segments."""
   segment_ids = segments(rows, length)
   arrays, _ = random_inputs(segment_ids, length, 0, 0, shape)
-  return arrays | {'bias': arrays['bias'][:, :length]}, segment_ids
+  return arrays | {'bias': arrays['bias'][:, :length]}, (segment_ids,)
 
 
-def causal_values_and_gradients(
-    attend, arrays, segment_ids, dtype=jnp.float32):
-  def with_rest(arrays):
-    return *(arrays[name] for name in ('query', 'key', 'value', 'bias')
-             ), segment_ids, dtype
+def target_values_and_gradients(attend, arrays, ids, dtype=jnp.float32):
+  """Of attention of targets; of `ids`, theirs are the first."""
+  return values_and_gradients(
+      attend, arrays, lambda arrays: (*in_order(arrays), *ids, dtype), ids[0])
 
-  return values_and_gradients(attend, arrays, with_rest, segment_ids)
+
+def in_order(arrays):
+  """As arguments; JAX gives dictionaries back sorted by name."""
+  return [arrays[name] for name in ('query', 'key', 'value', 'bias')
+          if name in arrays]
+
+
+def check_targets(attend, whole, arrays, ids, tile=16, platform=''):
+  """That kernels, interpreted, compute what `whole` makes of all scores."""
+  attend = functools.partial(
+      attend, options=KernelOptions(tile, interpret=True, platform=platform))
+  golden.assert_trees_close(
+      target_values_and_gradients(attend, arrays, ids),
+      target_values_and_gradients(whole, arrays, ids))
 
 
 def all_before(query, key, value, bias, segment_ids, dtype):
@@ -206,12 +218,8 @@ def all_before(query, key, value, bias, segment_ids, dtype):
     ([[100], [41]], 100), ([[50, 3, 20, 1], [60, 3, 34]], 97),
     ([[9], [4, 5]], 9)])
 def test_causal_equals_reference(rows, length):
-  arrays, segment_ids = of_targets(rows, length, (HEADS, HEAD_SIZE))
-  attend = functools.partial(
-      fused_causal_attention, options=KernelOptions(16, interpret=True))
-  golden.assert_trees_close(
-      causal_values_and_gradients(attend, arrays, segment_ids),
-      causal_values_and_gradients(all_before, arrays, segment_ids))
+  check_targets(fused_causal_attention, all_before,
+                *of_targets(rows, length, (HEADS, HEAD_SIZE)))
 
 
 def targets_and_inputs(target_rows, input_rows, lengths, shape):
@@ -234,13 +242,6 @@ def whole_segments(query, key, value, query_segments, segment_ids, dtype):
   return jnp.where(jnp.any(sees, axis=2)[..., None, None], output, 0)
 
 
-def segment_values_and_gradients(attend, arrays, ids, dtype=jnp.float32):
-  def with_rest(arrays):
-    return (*(arrays[name] for name in ('query', 'key', 'value')), *ids, dtype)
-
-  return values_and_gradients(attend, arrays, with_rest, ids[0])
-
-
 # Segments that end anywhere, of targets without inputs and the other way
 # round; keys of a tile of queries shared by several programs, or not.
 @pytest.mark.parametrize('target_rows, input_rows, programs', [
@@ -250,34 +251,21 @@ def segment_values_and_gradients(attend, arrays, ids, dtype=jnp.float32):
 def test_segment_attention_equals_reference(
     target_rows, input_rows, programs, monkeypatch):
   monkeypatch.setattr(model_segment_attention, '_PROGRAMS', programs)
-  arrays, ids = targets_and_inputs(
-      target_rows, input_rows, (40, 100), (HEADS, HEAD_SIZE))
-  attend = functools.partial(
-      segment_attention, options=KernelOptions(16, interpret=True))
-  golden.assert_trees_close(
-      segment_values_and_gradients(attend, arrays, ids),
-      segment_values_and_gradients(whole_segments, arrays, ids))
+  check_targets(segment_attention, whole_segments, *targets_and_inputs(
+      target_rows, input_rows, (40, 100), (HEADS, HEAD_SIZE)))
 
 
 def test_few_queries_have_small_tiles():
-  arrays, ids = targets_and_inputs(
-      [[2, 1], [18]], [[50, 30], [150]], (18, 150), (HEADS, HEAD_SIZE))
-  attend = functools.partial(
-      segment_attention, options=KernelOptions(64, interpret=True))
-  golden.assert_trees_close(
-      segment_values_and_gradients(attend, arrays, ids),
-      segment_values_and_gradients(whole_segments, arrays, ids))
+  check_targets(segment_attention, whole_segments, *targets_and_inputs(
+      [[2, 1], [18]], [[50, 30], [150]], (18, 150), (HEADS, HEAD_SIZE)),
+                tile=64)
 
 
 def test_segment_attention_on_a_tpu_equals_reference():
   """Targets of several tiles; some see nothing."""
-  arrays, ids = targets_and_inputs(
-      [[30, 3, 1, 60], [5, 80]], [[50, 3, 1, 40], [100]], (100, 130), (3, 8))
-  attend = functools.partial(segment_attention, options=KernelOptions(
-      16, interpret=True, platform='tpu'))
-  golden.assert_trees_close(
-      segment_values_and_gradients(attend, arrays, ids),
-      segment_values_and_gradients(whole_segments, arrays, ids))
+  check_targets(segment_attention, whole_segments, *targets_and_inputs(
+      [[30, 3, 1, 60], [5, 80]], [[50, 3, 1, 40], [100]], (100, 130), (3, 8)),
+                platform='tpu')
 
 
 def check_rounding(attend, dtype, arrays, with_rest, segment_ids):
@@ -378,48 +366,45 @@ def real_size(length=4096, rows=((4096,), (1500, 3, 1000, 700))):
       segment_ids, 127, 16, bucket_reach(32, 128), shape=(12, 64))
 
 
-def test_fused_is_compiled_for_cuda():
+def check_compiled_for_cuda(attend, arrays, prefix, *kernels):
   """As far as that goes without a GPU: to Triton's language."""
-  _, arrays, with_rest = real_size()
-  inputs = in_dtype(jnp.bfloat16, with_rest)
-  compiled = jax.jit(jax.grad(
-      lambda arrays: jnp.sum(fused_attention(*inputs(arrays)))))
+  compiled = jax.jit(jax.grad(lambda arrays: jnp.sum(attend(arrays))))
   with mock.patch.object(jax, 'default_backend', return_value='gpu'):
     lowered = compiled.trace(arrays).lower(lowering_platforms=('cuda',))
-  for kernel in ('forward', 'backward_query', 'backward_key', 'backward_side',
-                 'backward_local_bias'):
-    assert f'longt5_attention_{kernel}' in lowered.as_text()
+  for kernel in ('forward', 'backward_query', 'backward_key', *kernels):
+    assert f'longt5_{prefix}_{kernel}' in lowered.as_text()
+
+
+def test_fused_is_compiled_for_cuda():
+  _, arrays, with_rest = real_size()
+  inputs = in_dtype(jnp.bfloat16, with_rest)
+  check_compiled_for_cuda(
+      lambda arrays: fused_attention(*inputs(arrays)), arrays, 'attention',
+      'backward_side', 'backward_local_bias')
 
 
 def test_segment_attention_is_compiled_for_cuda():
-  arrays, ids = real_targets()
-  compiled = jax.jit(jax.grad(lambda arrays: jnp.sum(
-      segment_attention(arrays['query'], arrays['key'], arrays['value'], *ids,
-                        jnp.bfloat16))))
-  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-    lowered = compiled.trace(arrays).lower(lowering_platforms=('cuda',))
-  for kernel in ('forward', 'backward_query', 'backward_key'):
-    assert f'longt5_segment_attention_{kernel}' in lowered.as_text()
+  arrays, ids = real_targets_and_inputs()
+  check_compiled_for_cuda(
+      lambda arrays: segment_attention(*in_order(arrays), *ids, jnp.bfloat16),
+      arrays, 'segment_attention')
 
 
 def test_causal_is_compiled_for_cuda():
-  arrays, segment_ids = of_targets(*REAL_TARGETS)
-  compiled = jax.jit(jax.grad(lambda arrays: jnp.sum(fused_causal_attention(
-      *(arrays[name] for name in ('query', 'key', 'value', 'bias')),
-      segment_ids, jnp.bfloat16))))
-  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-    lowered = compiled.trace(arrays).lower(lowering_platforms=('cuda',))
-  for kernel in ('forward', 'backward_query', 'backward_key',
-                 'backward_local_bias'):
-    assert f'longt5_attention_{kernel}' in lowered.as_text()
-
-
-# Base's heads; a row of one document, and a packed one.
-REAL_TARGETS = [[910], [100, 3, 800]], 910, (12, 64)
+  arrays, ids = real_targets()
+  check_compiled_for_cuda(
+      lambda arrays: fused_causal_attention(
+          *in_order(arrays), *ids, jnp.bfloat16),
+      arrays, 'attention', 'backward_local_bias')
 
 
 def real_targets():
   """Base's heads; a row of one document, and a packed one."""
+  return of_targets([[910], [100, 3, 800]], 910, (12, 64))
+
+
+def real_targets_and_inputs():
+  """As `real_targets`."""
   return targets_and_inputs(
       [[500], [100, 3, 200]], [[4096], [1500, 3, 1000, 700]], (512, 4096),
       (12, 64))
@@ -453,23 +438,12 @@ def test_fused_on_a_gpu(dtype):
 
 @on_gpu
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_segment_attention_on_a_gpu(dtype):
-  arrays, ids = real_targets()
-  exact = segment_values_and_gradients(whole_segments, arrays, ids)
-  found = segment_values_and_gradients(segment_attention, arrays, ids, dtype)
-  if dtype == jnp.float32:
-    golden.assert_trees_close(found, exact)
-  else:
-    check_errors(found, exact, dtype)
-
-
-@on_gpu
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_causal_on_a_gpu(dtype):
-  arrays, segment_ids = of_targets(*REAL_TARGETS)
-  exact = causal_values_and_gradients(all_before, arrays, segment_ids)
-  found = causal_values_and_gradients(
-      fused_causal_attention, arrays, segment_ids, dtype)
+@pytest.mark.parametrize('attend, whole, inputs', [
+    (segment_attention, whole_segments, real_targets_and_inputs),
+    (fused_causal_attention, all_before, real_targets)])
+def test_targets_on_a_gpu(attend, whole, inputs, dtype):
+  exact = target_values_and_gradients(whole, *inputs())
+  found = target_values_and_gradients(attend, *inputs(), dtype)
   if dtype == jnp.float32:
     golden.assert_trees_close(found, exact)
   else:

@@ -104,10 +104,6 @@ def _backward_key(tiling, query_tile, arrays, span_ref, columns, d_key_ref,
   d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
 
-def _query_tile(arrays, spans):
-  return arrays.query.shape[1] // spans.shape[1]
-
-
 def _specs(arrays, queries, keys):
   """How arrays are cut: `tiles.whole` on the side that programs loop over, the
   program's tile on the other."""
@@ -116,20 +112,22 @@ def _specs(arrays, queries, keys):
       keys(arrays.value), keys(arrays.segment_ids))
 
 
-def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
-            ) -> tuple[jax.Array, jax.Array]:
+def forward(
+    tiling: Tiling, query_tile: int, arrays: Arrays, spans: jax.Array,
+    parts: int) -> tuple[jax.Array, jax.Array]:
   """What queries attend to in each part of their keys, [parts, B, T, H, K], and
   the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
   float32. `spans`: [B, query tiles, 4], from which to before which tile of keys
   a tile of queries sees any, and those of which every query sees every key."""
   batch, length, heads, size = arrays.query.shape
-  tile = _query_tile(arrays, spans)
-  out = pl.BlockSpec((None, None, tile, None, size),
+  out = pl.BlockSpec((None, None, query_tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
-  lse = pl.BlockSpec((None, None, None, tile), lambda b, h, i, p: (p, b, h, i))
+  lse = pl.BlockSpec((None, None, None, query_tile),
+                     lambda b, h, i, p: (p, b, h, i))
   return tiles.call(
-      tiling, partial(_forward, tiling), (batch, heads, length // tile, parts),
-      [_specs(arrays, partial(tiles.tiles, size=tile), tiles.whole),
+      tiling, partial(_forward, tiling),
+      (batch, heads, length // query_tile, parts),
+      [_specs(arrays, partial(tiles.tiles, size=query_tile), tiles.whole),
        tiles.of_tile(spans)],
       [out, lse],
       [jax.ShapeDtypeStruct((parts, *arrays.query.shape), jnp.float32),
@@ -137,20 +135,20 @@ def forward(tiling: Tiling, arrays: Arrays, spans: jax.Array, parts: int
       'longt5_segment_attention_forward')(arrays, spans)
 
 
-def backward_query(tiling: Tiling, arrays: Arrays, spans: jax.Array, rows: Rows,
-                   parts: int) -> jax.Array:
+def backward_query(
+    tiling: Tiling, query_tile: int, arrays: Arrays, spans: jax.Array,
+    rows: Rows, parts: int) -> jax.Array:
   """The gradient of queries, [parts, B, T, H, K] in float32; it is the sum over
   parts. `spans` is that of `forward`."""
   batch, length, heads, size = arrays.query.shape
-  tile = _query_tile(arrays, spans)
-  row = tiles.row_tiles(rows.lse, tile)
+  row = tiles.row_tiles(rows.lse, query_tile)
   return tiles.call(
       tiling, partial(_backward_query, tiling),
-      (batch, heads, length // tile, parts),
-      [_specs(arrays, partial(tiles.tiles, size=tile), tiles.whole),
+      (batch, heads, length // query_tile, parts),
+      [_specs(arrays, partial(tiles.tiles, size=query_tile), tiles.whole),
        tiles.of_tile(spans),
-       Rows(tiles.tiles(rows.gradient, tile), row, row)],
-      pl.BlockSpec((None, None, tile, None, size),
+       Rows(tiles.tiles(rows.gradient, query_tile), row, row)],
+      pl.BlockSpec((None, None, query_tile, None, size),
                    lambda b, h, i, p: (p, b, i, h, 0)),
       jax.ShapeDtypeStruct((parts, *arrays.query.shape), jnp.float32),
       'longt5_segment_attention_backward_query')(arrays, spans, rows)
