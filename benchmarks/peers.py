@@ -21,7 +21,7 @@ OPTIMIZERS = ('adamw', 'adafactor')
 
 def train(config: Line, length: int, rows: int, targets: int, compiled: bool,
           remat: bool, optimizer: str, limits: list[Any]) -> Iterator[Line]:
-  """Time and memory of a train step.
+  """Time and memory of a train step; in `busy_ms` of it the GPU worked.
 
   Args:
     config: LongT5Config's fields.
@@ -53,6 +53,7 @@ def train(config: Line, length: int, rows: int, targets: int, compiled: bool,
   yield {'first_step_seconds': round(time.perf_counter() - start, 1)}
   seconds = time_calls(step, _wait, Limits(*limits))
   yield spread(seconds) | _memory()
+  yield {'busy_ms': _busy_ms(step)}
 
 
 def generate(config: Line, length: int, rows: int, new_tokens: int, beams: int,
@@ -170,6 +171,17 @@ def _mark() -> Any:
 def _wait(event: Any) -> None:
   if event is not None:
     event.synchronize()
+
+
+def _busy_ms(call: Callable[[], Any]) -> float | None:
+  """What a call's kernels take: all of its time, unless Python holds it up."""
+  if _device() == 'cpu':
+    return None
+  with torch.profiler.profile(
+      activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    _wait(call())
+  return round(sum(event.self_device_time_total
+                   for event in profile.key_averages()) / 1000, 3)
 
 
 def _versions() -> Line:
