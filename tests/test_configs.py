@@ -16,7 +16,7 @@ from absl import flags
 import eval as eval_command
 import runs
 import tiny_runs
-from configs import finetune
+from configs import finetune, small_corpus
 from longt5_flax import compare, convert, lead, prepare, report, summarize
 from longt5_flax.command_line import read_config
 from longt5_flax.config import ConfigError, LongT5Config
@@ -126,7 +126,8 @@ def test_released_sizes(name, millions):
 
 
 @pytest.mark.parametrize('name', sorted(
-    set(CONFIGS) - {'c4', 'finetune', 'quickstart', 'quickstart_finetune'}))
+    set(CONFIGS) - {'c4', 'finetune', 'quickstart', 'quickstart_finetune',
+                    'small_corpus'}))
 def test_published_settings(name):
   config = load(name)
   if name != 'base':
@@ -167,6 +168,20 @@ def test_published_fine_tuning(task):
     assert lengths == (4096, 512)
   # Its row of the docstring's table.
   assert re.search(rf'^ +{task} +\d\d\.\d', finetune.__doc__, re.MULTILINE)
+
+
+@pytest.mark.parametrize('length', small_corpus.RUNS)
+def test_small_corpus(length):
+  config = load(f'small_corpus.py:{length}')
+  run_config.check_config(config)
+  assert config.data.inputs_length == int(length)
+  assert run_config.model_config(config.model).tie_word_embeddings
+
+
+def test_small_corpus_refuses_other_lengths():
+  with pytest.raises(ConfigError, match=re.escape(
+      "inputs_length='256' must be one of 128, 512, 4096.")):
+    small_corpus.get_config('256')
 
 
 def test_fine_tuning_has_all_tasks():
