@@ -1,12 +1,12 @@
-r"""Gap-sentence pretraining of tglobal-small that learns to copy from little text.
+r"""Gap-sentence pretraining of tglobal-small that learns to copy.
 
 Reproduces: nothing published. LongT5's settings learn no copying from 17M words
-  in 55M target tokens. Here rows are short at first, where there is less to look
-  through; half of the selected sentences stay in the input; and the output layer
-  is tied to the embeddings. docs/results.md has losses and what fine-tuning makes
-  of it.
-Command: three runs, each from the one before; with the options --config.data.path,
-  --config.data.validation_path and --config.data.vocabulary
+  in 55M target tokens. Here rows are short at first, where there is less to
+  look through; half of the selected sentences stay in the input; and the output
+  layer is tied to the embeddings. docs/results.md has losses and what
+  fine-tuning makes of it.
+Command: three runs, each from the one before; with --config.data.path,
+  --config.data.validation_path and --config.data.vocabulary of your own
   python train.py --config=configs/small_corpus.py:128 --workdir=runs/128
   python train.py --config=configs/small_corpus.py:512 --workdir=runs/512 \
   --config.init_from=run:runs/128

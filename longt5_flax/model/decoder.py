@@ -11,7 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.attention import full_attention
 from longt5_flax.model.attention_choice import choose_attention
+from longt5_flax.model.cached_attention import cached_attention
 from longt5_flax.model.fused_attention import fused_causal_attention
+from longt5_flax.model.kernels.cached_attention_triton import LEAST_TILE
 from longt5_flax.model.layers import (
     MLP,
     Dense,
@@ -34,8 +36,11 @@ class DecoderContext(NamedTuple):
   Attributes:
     encoded: the encoder's output [B, L, D]; None once its keys and values are
       cached.
-    bias: of self-attention, [1, H, T, S]; for kernels by offset, [H, T].
+    bias: of self-attention, [1, H, T, S]; for kernels by offset, [H, T], or
+      step by step by position, [H, S].
     self_mask: which targets a target may see, [#B, 1, T, S]; None for kernels.
+    held_by: for a kernel, step by step, which row of its group holds what a
+      row sees at each position, [groups, n, S]; -1: it sees nothing there.
     cross_mask: which inputs a target may see: those of its segment.
     segment_ids: of the targets, 0 is padding; None step by step.
     encoder_segment_ids: of the inputs, 0 is padding; step by step 1 is not.
@@ -44,6 +49,7 @@ class DecoderContext(NamedTuple):
   encoded: Any
   bias: Any
   self_mask: Any
+  held_by: Any
   cross_mask: Bool[Array, 'B 1 #T L']
   segment_ids: Any
   encoder_segment_ids: Any
@@ -91,23 +97,31 @@ class DecoderAttention(Projections):
     self._store('cache', empty, empty)
 
   def attend_to_targets(
-      self, x: Float[Array, 'rows T D'], bias: Float[Array, '1 H nT nS'],
-      mask: Bool[Array, '#groups 1 nT nS'], start: Int[Array, '']
+      self, x: Float[Array, 'rows T D'], context: DecoderContext
   ) -> Float[Array, 'rows T D']:
     """Attends to the cache of a row's group, with x's own keys put at `start`
     first."""
-    cached = []
-    for old, new in zip(self._stored('cache'), self.project_key_value(x, True),
-                        strict=True):
-      groups, heads, n, _, size = old.shape
-      new = new.reshape(groups, n, -1, heads, size).transpose(0, 3, 1, 2, 4)
-      cached.append(
-          jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=3))
-    self._store('cache', *cached)
+    start: Any = context.start
+    cache = self._stored('cache')
+    groups, heads, n, _, size = cache[0].shape
+    new = self.project_key_value(x, True)
+    if context.self_mask is None:
+      output, *updated = cached_attention(
+          tuple(array.reshape(groups, n, heads, size)
+                for array in (self.project_query(x), *new)),
+          cache, context.bias, context.held_by,
+          jnp.broadcast_to(start, (groups, 1)), self.dtype)
+      self._store('cache', *updated)
+      return self.project_out(output).reshape(x.shape)
+    updated = [jax.lax.dynamic_update_slice_in_dim(
+        old, array.reshape(groups, n, -1, heads, size).transpose(0, 3, 1, 2, 4),
+        start, axis=3) for old, array in zip(cache, new, strict=True)]
+    self._store('cache', *updated)
     key, value = (array.reshape(groups, heads, -1, size).swapaxes(1, 2)
-                  for array in cached)
+                  for array in updated)
     folded = x.reshape(groups, -1, x.shape[-1])
-    return self._attend(folded, key, value, bias, mask).reshape(x.shape)
+    return self._attend(folded, key, value, context.bias,
+                        context.self_mask).reshape(x.shape)
 
   def attend_to_inputs(
       self, x: Float[Array, 'rows T D'], context: DecoderContext
@@ -190,8 +204,7 @@ class DecoderLayer(nn.Module):
     assert context.start is not None
     self.sow('intermediates', 'residual', x)
     y = self.pre_self_attention_layer_norm(x)
-    x = x + self.self_attention.attend_to_targets(
-        y, context.bias, context.self_mask, context.start)
+    x = x + self.self_attention.attend_to_targets(y, context)
     y = self.pre_cross_attention_layer_norm(x)
     x = x + self.encoder_decoder_attention.attend_to_inputs(y, context)
     return self._add_mlp(x, True)
@@ -238,7 +251,7 @@ class Decoder(nn.Module):
         == encoder_segment_ids[:, None, None])
     bias, self_mask = self._bias_and_mask(decoder_segment_ids, decoder_mask)
     context = DecoderContext(
-        encoded, bias, self_mask, cross_mask, decoder_segment_ids,
+        encoded, bias, self_mask, None, cross_mask, decoder_segment_ids,
         encoder_segment_ids, None)
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
@@ -287,44 +300,66 @@ class Decoder(nn.Module):
            ) -> Float[Array, 'rows T D']:
     """The next T targets, which the cache must have room for."""
     start: Array = self.get_variable('cache', 'length')
-    name = 'layers' if self.scan_layers else 'layers_0'
-    cache = self.variables['cache'][name]['self_attention']
-    room = cache['key'].shape[-2]
-    offsets = jnp.arange(room) - (
-        start + jnp.arange(embedded.shape[1])[:, None])
-    by_offset = self.relpos_bias(1 - room, 0)
-    bias = by_offset[:, jnp.minimum(offsets, 0) + room - 1]
-    self_mask = (offsets <= 0)[None, None]
-    if decoder_mask is not None:
-      self_mask = self_mask & decoder_mask[:, None, None]
-    if self.has_variable('cache', 'ancestors'):
-      bias, self_mask = self._of_ancestors(
-          bias, self_mask, start, cache['key'].shape[-3])
+    rows, num_targets = embedded.shape[:2]
     # Or every layer looks up the biases once more, in a kernel of its own.
-    bias, self_mask = jax.lax.optimization_barrier((bias, self_mask))
+    bias, self_mask, held_by = jax.lax.optimization_barrier(
+        self._looking_back(rows, num_targets, start, decoder_mask))
     context = DecoderContext(
-        None, bias[None], self_mask,
+        None, bias, self_mask, held_by,
         (encoder_segment_ids > 0)[:, None, None], None,
         (encoder_segment_ids > 0).astype(jnp.int32), start)
-    self.put_variable('cache', 'length', start + embedded.shape[1])
+    self.put_variable('cache', 'length', start + num_targets)
     x = self.decoder_norm(run_layers(
         self.layers, DecoderLayer.step, self.num_layers,
         embedded, context))
     self.sow('intermediates', 'output', x)
     return x
 
-  def _of_ancestors(self, bias, mask, start, n):
-    """Bias [H, n T, n S] and mask [groups, 1, n T, n S] of the n rows of a
-    group, where each target sees what its row's ancestors hold, whichever rows
-    those are; notes that from `start` on a row's targets are its own."""
-    held_by: Array = self.get_variable('cache', 'ancestors')
-    rows, room = held_by.shape
-    num_targets = bias.shape[1]
-    own = jnp.arange(rows)[:, None] % n
-    held_by = jnp.where(jnp.arange(room) < start, held_by, own)
+  def _looking_back(self, rows, num_targets, start, decoder_mask):
+    """Bias, mask and `held_by` of a step; see `DecoderContext`."""
+    name = 'layers' if self.scan_layers else 'layers_0'
+    n, room = self.variables['cache'][name]['self_attention'][
+        'key'].shape[-3:-1]
+    offsets = jnp.arange(room) - (start + jnp.arange(num_targets)[:, None])
+    by_offset = self.relpos_bias(1 - room, 0)
+    bias = by_offset[:, jnp.minimum(offsets, 0) + room - 1]
+    mask = (offsets <= 0)[None, None]
+    if decoder_mask is not None:
+      mask = mask & decoder_mask[:, None, None]
+    holder = self._holder(rows, n, room, start)
+    if self._attends_in_a_kernel(num_targets, room):
+      sees = jnp.broadcast_to(mask[:, 0, 0], holder.shape)
+      return bias[:, 0], None, jnp.where(sees, holder, -1).reshape(-1, n, room)
+    if n > 1:
+      bias, mask = _of_holders(bias, mask, holder, n)
+    return bias[None], mask, None
+
+  def _attends_in_a_kernel(self, num_targets, room):
+    """Whether the next targets attend to the cache in one."""
+    size = self.config.d_kv
+    return (num_targets == 1 and min(room, size) >= LEAST_TILE
+            and size & (size - 1) == 0 and choose_attention(
+                self.attention, self.config, room).causal == 'fused')
+
+  def _holder(self, rows, n, room, start):
+    """Which of the n rows of its group holds what a row sees at each position,
+    [rows, S]; notes that from `start` on a row's targets are its own."""
+    own = jnp.broadcast_to(jnp.arange(rows)[:, None] % n, (rows, room))
+    if not self.has_variable('cache', 'ancestors'):
+      return own
+    held_by = jnp.where(jnp.arange(room) < start,
+                        self.get_variable('cache', 'ancestors'), own)
     self.put_variable('cache', 'ancestors', held_by)
-    is_held = held_by[:, None, None] == jnp.arange(n)[:, None]  # rows 1 n S
-    mask = is_held & jnp.broadcast_to(
-        mask[:, 0, :, None], (rows, num_targets, 1, room))
-    return jnp.tile(bias, (1, n, n)), mask.reshape(
-        rows // n, 1, n * num_targets, n * room)
+    return held_by
+
+
+def _of_holders(bias, mask, holder, n):
+  """Bias [H, n T, n S] and mask [groups, 1, n T, n S] of the n rows of a group,
+  where each target sees what the holders hold."""
+  rows, room = holder.shape
+  num_targets = bias.shape[1]
+  is_held = holder[:, None, None] == jnp.arange(n)[:, None]  # rows 1 n S
+  mask = is_held & jnp.broadcast_to(
+      mask[:, 0, :, None], (rows, num_targets, 1, room))
+  return jnp.tile(bias, (1, n, n)), mask.reshape(
+      rows // n, 1, n * num_targets, n * room)

@@ -93,16 +93,19 @@ def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
 def on_each_device(
     attend: Callable[..., Any], tokens: tuple[Array, ...],
     tables: tuple[Array, ...], ids: tuple[Array, ...], options: KernelOptions,
+    caches: tuple[Array, ...] = (),
 ) -> Any:
   """`attend(tokens, tables, ids)`; under a mesh each device attends with its
   rows and heads, and a length that is split is gathered.
 
   Args:
-    attend: gives an array like `tokens[0]`.
+    attend: gives an array like `tokens[0]`; with caches it takes them as well,
+      and gives others like them behind the array.
     tokens: [B, length, H, K].
     tables: [H, ...].
     ids: [B, length].
     options: see KernelOptions.
+    caches: [B, H, ...].
 
   Raises:
     ConfigError: the device has no such kernels.
@@ -110,15 +113,18 @@ def on_each_device(
   refusal = why_no_kernels(target_platform())
   if refusal and not options.interpret:
     raise ConfigError(f"attention='fused' {refusal}.")
+  arguments = (tokens, tables, ids, *([caches] if caches else []))
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
     rows = _mesh_axes(mesh, 'batch', tokens[0].shape[0])
     heads = _mesh_axes(mesh, 'joined_kv', tokens[0].shape[2])
-    spec = PartitionSpec(rows, None, heads)
+    spec, kept = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
     attend = jax.shard_map(
-        attend, mesh=mesh, out_specs=spec, check_vma=False,
-        in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows)))
-  return attend(tokens, tables, ids)
+        attend, mesh=mesh, check_vma=False,
+        in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows), kept)[
+            :len(arguments)],
+        out_specs=(spec, *(kept for _ in caches)) if caches else spec)
+  return attend(*arguments)
 
 
 def _mesh_axes(mesh, name, size):

@@ -47,7 +47,7 @@ class Mask(NamedTuple):
   """Which keys of a tile the queries see.
 
   Attributes:
-    is_clean: whether each sees every one.
+    is_clean: whether each sees every one; None if that is not known.
     hide: scores -> scores with `hidden` ones, used if not. So a tile where
       nothing is hidden has a fifth fewer instructions, and reads no segments.
   """
@@ -55,6 +55,8 @@ class Mask(NamedTuple):
   hide: Callable[[Any], Any]
 
   def apply(self, scores: Any) -> Any:
+    if self.is_clean is None:
+      return self.hide(scores)
     return jax.lax.cond(self.is_clean, lambda x: x, self.hide, scores)
 
 
@@ -330,11 +332,13 @@ def column_specs(columns: Columns) -> Columns:
 
 
 def call(tiling: Tiling, kernel: Callable[..., None], grid: tuple[int, ...],
-         in_specs: Sequence[Any], out_specs: Any, out_shapes: Any, name: str
-         ) -> Any:
-  """The kernel as a function of arrays."""
+         in_specs: Sequence[Any], out_specs: Any, out_shapes: Any, name: str,
+         in_place: dict[int, int] | None = None) -> Any:
+  """The kernel as a function of arrays; `in_place` says which of them, flat,
+  becomes which output."""
   return pl.pallas_call(
       kernel, grid=grid, in_specs=in_specs, out_specs=out_specs,
       out_shape=out_shapes, interpret=tiling.interpret, name=name,
+      input_output_aliases=in_place or {},
       compiler_params=plgpu.CompilerParams(
           num_warps=_WARPS, num_stages=tiling.stages))

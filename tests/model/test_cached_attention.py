@@ -1,0 +1,176 @@
+"""The kernel of a step of decoding against attention to all of the cache."""
+
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import golden
+from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
+from longt5_flax.model import decoder, decoding
+from longt5_flax.model.attention import full_attention
+from longt5_flax.model.cached_attention import cached_attention
+from longt5_flax.model.kernels.calls import KernelOptions
+from longt5_flax.model.segment_attention import segment_attention
+from longt5_flax.training import partitioning
+
+INTERPRETED = KernelOptions(interpret=True)
+
+
+class Arguments(NamedTuple):
+  """Of `cached_attention`."""
+  new: Any
+  cache: Any
+  bias: Any
+  held_by: Any
+  start: Any
+
+
+def random_arguments(groups, n, heads, room, size, start, dtype=jnp.float32):
+  """Rows that go on from any row of their group, and see nothing at some
+  positions."""
+  generator = np.random.default_rng(0)
+
+  def normal(*shape):
+    return jnp.asarray(generator.normal(size=shape), dtype)
+
+  held_by = generator.integers(-1, n, size=(groups, n, room))
+  held_by[:, :, start] = np.arange(n)
+  held_by[:, :, start + 1:] = -1
+  return Arguments(
+      tuple(normal(groups, n, heads, size) for _ in range(3)),
+      tuple(normal(groups, heads, n, room, size) for _ in range(2)),
+      normal(heads, room).astype(jnp.float32), jnp.asarray(held_by, jnp.int32),
+      jnp.full((groups, 1), start, jnp.int32))
+
+
+def of_all(arguments):
+  """What `cached_attention` computes, from all scores in float32."""
+  query, *new = (x.astype(jnp.float32) for x in arguments.new)
+  now = int(arguments.start[0, 0])
+  cache = [x.astype(jnp.float32).at[:, :, :, now].set(y.swapaxes(1, 2))
+           for x, y in zip(arguments.cache, new, strict=True)]
+  groups, heads, n, _, size = cache[0].shape
+  key, value = (
+      x.reshape(groups, heads, -1, size).swapaxes(1, 2) for x in cache)
+  sees = arguments.held_by[:, :, None] == jnp.arange(n)[:, None]
+  output, _ = full_attention(
+      query, key, value, jnp.tile(arguments.bias, (1, n))[None, :, None],
+      sees.reshape(groups, 1, n, -1), jnp.float32)
+  return output, *cache
+
+
+@pytest.mark.parametrize('shape, start', [
+    ((2, 3, 2, 70, 16), 41), ((2, 3, 2, 70, 16), 69), ((3, 1, 2, 16, 16), 0),
+    ((2, 4, 1, 200, 32), 128), ((1, 17, 2, 129, 16), 64)])
+def test_equals_attention_to_all(shape, start):
+  arguments = random_arguments(*shape, start)
+  found = jax.jit(lambda x: cached_attention(*x, jnp.float32, INTERPRETED))(
+      arguments)
+  golden.assert_trees_close(dict(enumerate(found)),
+                            dict(enumerate(of_all(arguments))))
+
+
+CONFIG = LongT5Config.preset('local-tiny', num_layers=2, vocab_size=50)
+SEGMENTS = jnp.array(np.arange(30) < [[30], [11]], jnp.int32)
+ROOM, ROWS = 20, 3
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  for attend in (segment_attention, cached_attention):
+    monkeypatch.setattr(decoder, attend.__name__,
+                        partial(attend, options=INTERPRETED))
+
+
+def logits_of_steps(scan_layers, attention, params, prompt_mask, rows):
+  """Of a prompt of two tokens and of two steps, rows changing places before
+  each. One row an input has no others to go on from."""
+  model = LongT5ForConditionalGeneration(
+      CONFIG, scan_layers=scan_layers, attention=attention)
+  encoded = jax.random.normal(jax.random.key(0), (2, 30, CONFIG.d_model))
+  tokens = jax.random.randint(jax.random.key(1), (2 * rows, 4), 2, 50)
+
+  @golden.jit
+  def run(params):
+    cache = decoding.start(
+        model, params, encoded, SEGMENTS, ROOM, rows, prompt_mask)
+    found = []
+    for first, end in ((0, 2), (2, 3), (3, 4)):
+      logits, cache = decoding.step(
+          model, params, cache, tokens[:, first:end])
+      found.append(logits)
+      if rows > 1:
+        cache = decoding.reorder(cache, jnp.array([1, 1, 0, 5, 3, 3]))
+    return jnp.stack(found)
+
+  return run(params)
+
+
+def random_params(scan_layers):
+  return golden.random_params(
+      LongT5ForConditionalGeneration(CONFIG, scan_layers=scan_layers),
+      SEGMENTS, SEGMENTS[:, :2])
+
+
+@pytest.mark.parametrize('scan_layers, prompt_mask, rows', [
+    (False, None, ROWS), (True, None, ROWS), (False, None, 1),
+    (False, jnp.array([[True, False], [False, True]]), ROWS)])
+def test_in_decoding(interpreted, scan_layers, prompt_mask, rows):
+  params = random_params(scan_layers)
+  expected, found = (
+      logits_of_steps(scan_layers, attention, params, prompt_mask, rows)
+      for attention in ('reference', 'fused'))
+  golden.assert_close(found, expected)
+
+
+def test_on_a_mesh(interpreted):
+  """Inputs and heads on devices of their own."""
+  params = random_params(False)
+  expected = logits_of_steps(False, 'reference', params, None, ROWS)
+  mesh = partitioning.make_mesh(
+      {'data': 2, 'fsdp': 1, 'tensor': 2, 'sequence': 1}, jax.devices()[:4])
+  with partitioning.active(mesh):
+    found = logits_of_steps(False, 'fused', params, None, ROWS)
+  golden.assert_close(found, expected)
+
+
+def test_what_the_kernel_does_not_fit_goes_without(interpreted, monkeypatch):
+  """Too small a room for a product."""
+  monkeypatch.setattr(decoder, 'cached_attention', None)
+  monkeypatch.setitem(globals(), 'ROOM', 8)
+  params = random_params(False)
+  expected, found = (logits_of_steps(False, attention, params, None, ROWS)
+                     for attention in ('reference', 'fused'))
+  golden.assert_close(found, expected)
+
+
+def test_is_compiled_for_cuda():
+  """As far as that goes without a GPU: to Triton's language."""
+  arguments = random_arguments(2, 4, 12, 256, 64, 100, jnp.bfloat16)
+  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+    lowered = jax.jit(lambda x: cached_attention(*x, jnp.bfloat16)).trace(
+        arguments).lower(lowering_platforms=('cuda',))
+  assert 'longt5_cached_attention' in lowered.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('n, room, start', [
+    (1, 256, 255), (4, 256, 100), (4, 511, 450)])
+def test_on_a_gpu(n, room, start, dtype):
+  """Base's heads; what the cache held stays there."""
+  arguments = random_arguments(8, n, 12, room, 64, start, dtype)
+  output, *cache = jax.jit(lambda x: cached_attention(*x, dtype))(arguments)
+  expected, *kept = of_all(arguments)
+  for found, exact in zip(cache, kept, strict=True):
+    np.testing.assert_array_equal(found.astype(jnp.float32), exact)
+  if dtype == jnp.float32:
+    golden.assert_close(output, expected)
+  else:
+    error = jnp.linalg.norm(output - expected) / jnp.linalg.norm(expected)
+    assert error < 2 * jnp.finfo(dtype).eps
