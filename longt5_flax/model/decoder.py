@@ -335,10 +335,13 @@ class Decoder(nn.Module):
     return bias[None], mask, None
 
   def _attends_in_a_kernel(self, num_targets, room):
-    """Whether the next targets attend to the cache in one."""
+    """Whether the next targets attend to the cache in one. Not in a loop over
+    layers, which takes caches out of an array of all and puts them back, and
+    where Flax cannot tell that nothing else depends on a kernel."""
     size = self.config.d_kv
-    return (num_targets == 1 and min(room, size) >= LEAST_TILE
-            and size & (size - 1) == 0 and choose_attention(
+    return (num_targets == 1 and not self.scan_layers
+            and min(room, size) >= LEAST_TILE and size & (size - 1) == 0
+            and choose_attention(
                 self.attention, self.config, room).causal == 'fused')
 
   def _holder(self, rows, n, room, start):

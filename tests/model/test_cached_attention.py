@@ -77,7 +77,6 @@ def test_equals_attention_to_all(shape, start):
 
 CONFIG = LongT5Config.preset('local-tiny', num_layers=2, vocab_size=50)
 SEGMENTS = jnp.array(np.arange(30) < [[30], [11]], jnp.int32)
-ROOM, ROWS = 20, 3
 
 
 @pytest.fixture
@@ -87,7 +86,8 @@ def interpreted(monkeypatch):
                         partial(attend, options=INTERPRETED))
 
 
-def logits_of_steps(scan_layers, attention, params, prompt_mask, rows):
+def logits_of_steps(
+    attention, params, prompt_mask=None, rows=3, room=20, scan_layers=False):
   """Of a prompt of two tokens and of two steps, rows changing places before
   each. One row an input has no others to go on from."""
   model = LongT5ForConditionalGeneration(
@@ -98,7 +98,7 @@ def logits_of_steps(scan_layers, attention, params, prompt_mask, rows):
   @golden.jit
   def run(params):
     cache = decoding.start(
-        model, params, encoded, SEGMENTS, ROOM, rows, prompt_mask)
+        model, params, encoded, SEGMENTS, room, rows, prompt_mask)
     found = []
     for first, end in ((0, 2), (2, 3), (3, 4)):
       logits, cache = decoding.step(
@@ -111,41 +111,41 @@ def logits_of_steps(scan_layers, attention, params, prompt_mask, rows):
   return run(params)
 
 
-def random_params(scan_layers):
+def random_params(scan_layers=False):
   return golden.random_params(
       LongT5ForConditionalGeneration(CONFIG, scan_layers=scan_layers),
       SEGMENTS, SEGMENTS[:, :2])
 
 
-@pytest.mark.parametrize('scan_layers, prompt_mask, rows', [
-    (False, None, ROWS), (True, None, ROWS), (False, None, 1),
-    (False, jnp.array([[True, False], [False, True]]), ROWS)])
-def test_in_decoding(interpreted, scan_layers, prompt_mask, rows):
-  params = random_params(scan_layers)
-  expected, found = (
-      logits_of_steps(scan_layers, attention, params, prompt_mask, rows)
-      for attention in ('reference', 'fused'))
+@pytest.mark.parametrize('prompt_mask, rows', [
+    (None, 3), (None, 1), (jnp.array([[True, False], [False, True]]), 3)])
+def test_in_decoding(interpreted, prompt_mask, rows):
+  params = random_params()
+  expected, found = (logits_of_steps(attention, params, prompt_mask, rows)
+                     for attention in ('reference', 'fused'))
   golden.assert_close(found, expected)
 
 
 def test_on_a_mesh(interpreted):
   """Inputs and heads on devices of their own."""
-  params = random_params(False)
-  expected = logits_of_steps(False, 'reference', params, None, ROWS)
+  params = random_params()
+  expected = logits_of_steps('reference', params)
   mesh = partitioning.make_mesh(
       {'data': 2, 'fsdp': 1, 'tensor': 2, 'sequence': 1}, jax.devices()[:4])
   with partitioning.active(mesh):
-    found = logits_of_steps(False, 'fused', params, None, ROWS)
+    found = logits_of_steps('fused', params)
   golden.assert_close(found, expected)
 
 
-def test_what_the_kernel_does_not_fit_goes_without(interpreted, monkeypatch):
-  """Too small a room for a product."""
+@pytest.mark.parametrize('room, scan_layers', [(8, False), (20, True)])
+def test_where_the_kernel_does_not_fit(
+    interpreted, monkeypatch, room, scan_layers):
+  """Too small a room for a product; a loop over layers."""
   monkeypatch.setattr(decoder, 'cached_attention', None)
-  monkeypatch.setitem(globals(), 'ROOM', 8)
-  params = random_params(False)
-  expected, found = (logits_of_steps(False, attention, params, None, ROWS)
-                     for attention in ('reference', 'fused'))
+  params = random_params(scan_layers)
+  expected, found = (
+      logits_of_steps(attention, params, room=room, scan_layers=scan_layers)
+      for attention in ('reference', 'fused'))
   golden.assert_close(found, expected)
 
 
