@@ -19,7 +19,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -179,11 +178,8 @@ def run(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('Stopped; the same command goes on.', file=sys.stderr)
     return distributed.leave(128 + signal.SIGINT)
-  except Exception:
-    if not jax.distributed.is_initialized():
-      raise
-    traceback.print_exc()
-    return distributed.leave(1)
+  except Exception as error:
+    return distributed.leave_after(error)
   return 0
 
 

@@ -17,7 +17,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 from typing import Any
 
 import jax
@@ -364,11 +363,8 @@ def run(argv):
   except (ConfigError, DataError) as error:
     print(f'error: {error}', file=sys.stderr)
     return distributed.leave(2)
-  except (Exception, KeyboardInterrupt):
-    if not jax.distributed.is_initialized():
-      raise
-    traceback.print_exc()
-    return distributed.leave(1)
+  except (Exception, KeyboardInterrupt) as error:
+    return distributed.leave_after(error)
   return 128 + ended_by if ended_by else 0
 
 

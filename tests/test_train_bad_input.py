@@ -37,6 +37,9 @@ COMMANDS = {
     'missing data': (
         [QUICKSTART, '--config.data.path=no.jsonl', '--workdir={}'],
         "error: no file 'no.jsonl'"),
+    'a folder in a file': (
+        [QUICKSTART, '--workdir=README.md/run'],
+        f'error: Not a directory: {runs.ROOT}/README.md/run'),
     'impossible heads': (
         [QUICKSTART, '--config.model.d_kv=0', '--workdir={}'],
         'error: d_kv=0 must be at least 1.'),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import sys
 import threading
+import traceback
 from typing import Any
 
 import jax
@@ -87,6 +89,39 @@ def leave(code: int) -> int:
     sys.stderr.flush()
     os._exit(code)
   return code
+
+
+def leave_after(error: BaseException) -> int:
+  """The exit code after an error that is no mistake in a setting.
+
+  What the system refused, such as to write on a full disk, is one line. Then
+  the process ends here: threads that were writing too would each say so.
+
+  Raises:
+    BaseException: `error`, if it is something else and no other process waits.
+  """
+  refused = _refused_by_the_system(error)
+  if refused:
+    print(f'error: {refused}', file=sys.stderr)
+    code = leave(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  if not jax.distributed.is_initialized():
+    raise error
+  traceback.print_exception(error)
+  return leave(1)
+
+
+def _refused_by_the_system(error):
+  """'reason: path', or nothing."""
+  if isinstance(error, OSError) and error.strerror:
+    path = error.filename
+    return error.strerror + (f': {path}' if path else '')
+  # TensorStore's, by which checkpoints are written.
+  found = re.search(r'local file "(.*?)".*: ([^:]*) \[os_error_code=',
+                    str(error), re.DOTALL)
+  return f'{found[2]}: {found[1]}' if found else ''
 
 
 def is_main() -> bool:
