@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,15 @@ def start(arguments, cache=None, **environment):
   if cache:
     env |= {'JAX_COMPILATION_CACHE_DIR': str(cache),
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  return subprocess.Popen(
-      arguments, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT)
+  # Where a shell runs the tests in the background, Ctrl-C is ignored, and it
+  # would be in the process too.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def finish(process, code=0):
