@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,15 @@ class Case:
 
   def get(self, name: str) -> np.ndarray | None:
     return self.arrays.get(name)
+
+
+def lowered_for_cuda(function: Callable, *arguments: Any) -> str:
+  """A function for a GPU, as far as that goes without one: Triton's language,
+  with the names of kernels."""
+  compiled = jax.jit(function)
+  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+    return compiled.trace(*arguments).lower(
+        lowering_platforms=('cuda',)).as_text()
 
 
 def names(prefix: str) -> list[str]:

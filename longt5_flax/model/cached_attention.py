@@ -14,6 +14,12 @@ from longt5_flax.model.kernels.calls import (
     on_each_device,
     to_operands,
 )
+from longt5_flax.model.kernels.triton_tiles import LEAST, product_size
+
+
+def kernel_takes(room: int, size: int) -> bool:
+  """Whether there is a kernel for a cache of S = room and K = size."""
+  return room >= LEAST and size == product_size(size)
 
 
 def cached_attention(
@@ -33,8 +39,8 @@ def cached_attention(
   Args:
     new: query, key and value of the targets; T5's: scores are not divided by
       sqrt(K).
-    cache: keys and values of those before, in the dtype of operands; K is a
-      power of two, 16 or more, and S is 16 or more.
+    cache: keys and values of those before, in the dtype of operands; see
+      `kernel_takes`.
     bias: by position.
     held_by: which row of the group holds what a row sees at a position; -1
       where it sees nothing. A row sees something.

@@ -11,9 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from longt5_flax.config import LongT5Config
 from longt5_flax.model.attention import full_attention
 from longt5_flax.model.attention_choice import choose_attention
-from longt5_flax.model.cached_attention import cached_attention
+from longt5_flax.model.cached_attention import (
+    cached_attention,
+    kernel_takes,
+)
 from longt5_flax.model.fused_attention import fused_causal_attention
-from longt5_flax.model.kernels.cached_attention_triton import LEAST_TILE
 from longt5_flax.model.layers import (
     MLP,
     Dense,
@@ -338,10 +340,8 @@ class Decoder(nn.Module):
     """Whether the next targets attend to the cache in one. Not in a loop over
     layers, which takes caches out of an array of all and puts them back, and
     where Flax cannot tell that nothing else depends on a kernel."""
-    size = self.config.d_kv
     return (num_targets == 1 and not self.scan_layers
-            and min(room, size) >= LEAST_TILE and size & (size - 1) == 0
-            and choose_attention(
+            and kernel_takes(room, self.config.d_kv) and choose_attention(
                 self.attention, self.config, room).causal == 'fused')
 
   def _holder(self, rows, n, room, start):

@@ -29,6 +29,7 @@ from longt5_flax.model.kernels.triton_tiles import (
     MASKED,
     Columns,
     Rows,
+    product_size,
     statistics,
     which_statistics,
 )
@@ -37,8 +38,6 @@ from longt5_flax.model.kernels.triton_tiles import (
 # many may share the keys of a tile of queries to get there.
 _PROGRAMS = 512
 _MAX_PARTS = 8
-# The least queries that a product takes.
-_LEAST_TILE = 16
 
 
 def segment_attention(
@@ -77,8 +76,7 @@ def _attend(tokens, tables, ids, dtype, options):
   del tables
   length, size = tokens[0].shape[1::2]
   # A step of decoding has a query or a few.
-  query_tile = min(options.tile,
-                   max(_LEAST_TILE, 1 << (length - 1).bit_length()))
+  query_tile = min(options.tile, product_size(length))
   multiples = query_tile, options.tile, options.tile
   query_segments, segment_ids = (
       jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))

@@ -85,10 +85,15 @@ def leave(code: int) -> int:
   leaving.start()
   leaving.join(_PATIENCE)
   if leaving.is_alive():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _end_here(code)
   return code
+
+
+def _end_here(code):
+  """Without what Python and other threads would still do."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def leave_after(error: BaseException) -> int:
@@ -103,10 +108,7 @@ def leave_after(error: BaseException) -> int:
   refused = _refused_by_the_system(error)
   if refused:
     print(f'error: {refused}', file=sys.stderr)
-    code = leave(2)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _end_here(leave(2))
   if not jax.distributed.is_initialized():
     raise error
   traceback.print_exception(error)

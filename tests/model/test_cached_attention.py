@@ -2,7 +2,6 @@
 
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -150,12 +149,9 @@ def test_where_the_kernel_does_not_fit(
 
 
 def test_is_compiled_for_cuda():
-  """As far as that goes without a GPU: to Triton's language."""
   arguments = random_arguments(2, 4, 12, 256, 64, 100, jnp.bfloat16)
-  with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-    lowered = jax.jit(lambda x: cached_attention(*x, jnp.bfloat16)).trace(
-        arguments).lower(lowering_platforms=('cuda',))
-  assert 'longt5_cached_attention' in lowered.as_text()
+  assert 'longt5_cached_attention' in golden.lowered_for_cuda(
+      lambda x: cached_attention(*x, jnp.bfloat16), arguments)
 
 
 @pytest.mark.gpu

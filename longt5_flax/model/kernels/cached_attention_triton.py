@@ -15,9 +15,6 @@ from jax.experimental import pallas as pl
 from longt5_flax.model.kernels import triton_tiles as tiles
 from longt5_flax.model.kernels.triton_tiles import Keys, Mask, Tiling
 
-# The least rows and positions that a product takes.
-LEAST_TILE = 16
-
 
 class Cache(NamedTuple):
   """What is attended to.
@@ -39,8 +36,7 @@ def _forward(tiling, new_ref, cache, out_ref, key_ref, value_ref):
   size, (rows, room, _) = tiling.tile, cache.key.shape
   # A product takes more rows than there may be: then the last one repeats, and
   # is written several times.
-  own = jnp.minimum(jnp.arange(max(LEAST_TILE, pl.next_power_of_2(rows))),
-                    rows - 1)
+  own = jnp.minimum(jnp.arange(tiles.product_size(rows)), rows - 1)
   query, start = new_ref[0, own, :], cache.start[0]
   now = pl.ds(start, 1)
   for row in range(rows):

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from longt5_flax.config import ConfigError
-from longt5_flax.model.kernels.triton_tiles import Tiling
+from longt5_flax.model.kernels.triton_tiles import Tiling, product_size
 
 # Compute capabilities of GPUs with more than 160 KB of it: A100, H100, B200.
 _LARGE_SHARED_MEMORY = ('8.0', '9.0', '10.0')
@@ -84,10 +84,10 @@ def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
   of float32, so that nothing overflows.
   """
   size = x.shape[-1]
-  fill = max(16, 1 << (size - 1).bit_length()) - size
   operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
   return jnp.pad(x.astype(operand), (
-      (0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, fill)))
+      (0, 0), (0, -x.shape[1] % multiple), (0, 0),
+      (0, product_size(size) - size)))
 
 
 def on_each_device(

@@ -19,6 +19,8 @@ MASKED = -1e30
 # them, and the bits that a bfloat16 has of a float32.
 STATISTICS, _PARTS, _BFLOAT16 = 16, 3, -(1 << 16)
 _WARPS = 4
+# The least that a product takes along each of its axes.
+LEAST = 16
 
 
 class Tiling(NamedTuple):
@@ -110,6 +112,12 @@ class Softmax(NamedTuple):
   top: Any
   total: Any
   output: Any
+
+
+def product_size(size: int) -> int:
+  """What holds so many of a product's rows, columns or terms: a power of two,
+  16 or more."""
+  return max(LEAST, 1 << (size - 1).bit_length())
 
 
 def dot(tiling: Tiling, a: Any, b: Any) -> Any:
