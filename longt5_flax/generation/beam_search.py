@@ -1,5 +1,6 @@
 """Beam search: several hypotheses for each input, and the best that ended."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,9 @@ from longt5_flax.generation.steps import (
 # The score of what is no hypothesis: one that has not been written, or that
 # may not be chosen.
 _NOT_ONE = -1e9
+# Of a row of scores: as many programs of a GPU as look for the largest. A power
+# of two, as sizes of vocabularies are multiples of one.
+_PARTS = 32
 
 
 class Hypotheses(NamedTuple):
@@ -133,14 +137,33 @@ def _candidates(loop, scores, options, key):
     # The largest of scores with Gumbel noise are such a draw.
     noise = row_wise(lambda key, row: jax.random.gumbel(key, row.shape),
                      key, loop.length, scores)
-    places = jax.lax.top_k(scores + noise, count)[1]
+    places = largest(scores + noise, count)[1]
     scores = _take(scores, places)
   else:
-    scores, places = jax.lax.top_k(scores, count)
+    scores, places = largest(scores, count)
   parents, token = places // vocab_size, places % vocab_size
   tokens = _take(loop.running.tokens, parents).at[:, :, loop.length].set(token)
   does_end = ends(token, options) | (loop.length + 1 == options.max_length)
   return Hypotheses(tokens, scores), parents, does_end
+
+
+def largest(x: Float[Array, 'rows n'], count: int
+            ) -> tuple[Float[Array, 'rows count'], Int[Array, 'rows count']]:
+  """`jax.lax.top_k`, from those of parts of each row.
+
+  A GPU has one of its many multiprocessors look through a row, so that more
+  and shorter rows take a small part of the time. As there, of equal ones those
+  that come first are taken: parts keep their order.
+  """
+  rows, n = x.shape
+  parts = math.gcd(n, _PARTS)
+  if n // parts < count:
+    parts = 1
+  best, places = jax.lax.top_k(x.reshape(rows * parts, -1), count)
+  firsts = np.arange(parts, dtype=np.int32)[:, None] * (n // parts)
+  places = (places.reshape(rows, parts, count) + firsts).reshape(rows, -1)
+  best, chosen = jax.lax.top_k(best.reshape(rows, -1), count)
+  return best, _take(places, chosen)
 
 
 def _merge(loop, candidates, does_end, penalty):

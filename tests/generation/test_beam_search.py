@@ -2,11 +2,13 @@
 
 import random
 
+import jax
 import numpy as np
 import pytest
 
 import golden
 import toy_decoder
+from longt5_flax.generation import beam_search
 from longt5_flax.generation.options import GenerationOptions
 
 INPUTS = 4
@@ -84,3 +86,14 @@ def test_inputs_do_not_depend_on_each_other():
     np.testing.assert_array_equal(alone.sequences, together.sequences[rows])
     np.testing.assert_allclose(
         alone.scores, together.scores[rows], rtol=1e-6)
+
+
+@pytest.mark.parametrize('n', [96, 768, 4 * 32128, 4 * 32101])
+def test_largest(n):
+  draw = np.random.default_rng(n)
+  x = draw.standard_normal((3, n)).astype(np.float32)
+  x[1] = draw.integers(3, size=n)  # Many are equal.
+  x[2, draw.random(n) < 0.999] = -np.inf
+  for got, wanted in zip(beam_search.largest(jax.numpy.asarray(x), 12),
+                         jax.lax.top_k(x, 12), strict=True):
+    np.testing.assert_array_equal(got, wanted)
