@@ -27,7 +27,11 @@ from longt5_flax.model.global_tokens import (
     assign_global_blocks,
     segment_positions,
 )
-from longt5_flax.model.kernels.calls import KernelOptions
+from longt5_flax.model.kernels.calls import (
+    KernelOptions,
+    covering_run,
+    gapless_run,
+)
 from longt5_flax.model.relative_position import bucket_reach
 from longt5_flax.model.segment_attention import segment_attention
 from longt5_flax.training import partitioning
@@ -252,6 +256,15 @@ def test_segment_attention_equals_reference(
   monkeypatch.setattr(model_segment_attention, '_PROGRAMS', programs)
   check_targets(segment_attention, whole_segments, *targets_and_inputs(
       target_rows, input_rows, (40, 100), (HEADS, HEAD_SIZE)))
+
+
+def test_runs():
+  rows = ['0111010', '0011100', '0000000', '1111111', '0000001']
+  flags = jnp.asarray([[int(flag) for flag in row] for row in rows], bool)
+  covering = [(1, 6), (2, 5), (0, 0), (0, 7), (6, 7)]
+  assert list(zip(*map(np.ravel, covering_run(flags)), strict=True)) == covering
+  gapless = [(1, 1), *covering[1:]]
+  assert list(zip(*map(np.ravel, gapless_run(flags)), strict=True)) == gapless
 
 
 def test_few_queries_have_small_tiles():

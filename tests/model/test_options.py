@@ -134,8 +134,9 @@ def test_scaling_is_apart_from_tying(fields):
 
 def test_by_default_pads_are_no_segment():
   inputs = INPUTS * SEGMENTS
+  params = params_of()
   apply = golden.jit(lambda *inputs: model_of().apply(
-      {'params': params_of()}, *inputs))
+      {'params': params}, *inputs))
   golden.assert_close(
       apply(inputs, TARGETS), apply(inputs, TARGETS, SEGMENTS))
 
