@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from longt5_flax.config import ConfigError
 # What tells one case of a benchmark from another.
 _CASE = ('benchmark', 'measure', 'implementation', 'preset', 'length', 'rows',
          'targets', 'beams', 'new_tokens', 'attention', 'remat', 'scan_layers',
-         'scan_unroll', 'optimizer', 'dtype', 'device')
+         'scan_unroll', 'override', 'optimizer', 'dtype', 'device')
 _STYLES = {'longt5_flax': ('C0', 'o'), 'transformers eager': ('C1', 's'),
            'transformers compile': ('C3', '^')}
 
@@ -147,6 +148,7 @@ _TRAIN_STEP: Cells = [
     ('inputs', _case),
     ('', series),
     ('ms (p10 to p90)', _time),
+    ('of it kernels, ms', _optional('busy_ms', '.1f')),
     ('input tokens/s', lambda line: f'{line["input_tokens_per_second"]:,}'),
     ('peak memory', _memory),
     ('MFU', _optional('mfu', '.1%')),
@@ -184,7 +186,8 @@ _ATTENTION: Cells = [
 _COMPILE_TIME: Cells = [
     ('preset', lambda line: line['preset']),
     ('inputs', _case),
-    ('layers', lambda line: 'stacked' if line['scan_layers'] else 'unrolled'),
+    ('layers', lambda line: ', '.join(
+        ['stacked' if line['scan_layers'] else 'apart', *line['override']])),
     ('cold, s', lambda line: f'{line["cold_seconds"]:.1f}'),
     ('from the cache, s', lambda line: f'{line["cached_seconds"]:.1f}'),
     ('of it tracing, s', lambda line: f'{line["trace_seconds"]:.1f}'),
@@ -209,8 +212,7 @@ def plot(lines: Sequence[Line], path: str) -> None:
     if name.endswith('-remat'):
       style |= {'linestyle': '--', 'fillstyle': 'none'}
     done = [line for line in group if 'error' not in line]
-    speed.plot(*_best(done, 'length', lambda it: it['input_tokens_per_second'],
-                      max), **style)
+    speed.plot(*_best(done, 'length', _tokens_per_second, max), **style)
     memory.plot(*_best(
         [line for line in done if line['peak_bytes']], 'tokens',
         lambda it: it['peak_bytes'] / 1e9, min), **style)
@@ -220,16 +222,18 @@ def plot(lines: Sequence[Line], path: str) -> None:
                     color=color, transform=memory.get_xaxis_transform())
   floor = [line for line in lines if 'floor_ms' in line]
   if floor:
-    speed.plot(*_best(floor, 'length', lambda it: (
-        1000 * it['length'] * it['rows'] / it['floor_ms']), max),
+    speed.plot(*_best(floor, 'length', partial(
+        _tokens_per_second, of='floor_ms'), max),
                color='0.5', linestyle=':', label='floor')
-  speed.set(xlabel='input tokens of a row', ylabel='input tokens a second')
+  speed.set(xlabel='input tokens of a row',
+            ylabel='input tokens a second, peers: of kernels alone')
   memory.set(xlabel='input tokens of a step (x: out of memory)',
              ylabel='peak memory, GB')
-  for axes, values in ((speed, 'median_ms'), (memory, 'peak_bytes')):
+  if any('median_ms' in line for line in lines):  # Else there is no scale.
+    speed.set_yscale('log')
+  memory.set_ylim(bottom=0)
+  for axes in (speed, memory):
     axes.set_xscale('log', base=2)
-    if any(line.get(values) for line in lines):  # Else there is no scale.
-      axes.set_yscale('log')
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(
         lambda value, _: f'{value / 1024:g}k'))
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -238,6 +242,12 @@ def plot(lines: Sequence[Line], path: str) -> None:
                 loc='outside lower center', ncols=5)
   figure.savefig(path, dpi=120)
   plt.close(figure)
+
+
+def _tokens_per_second(line: Line, of: str = '') -> float:
+  """Of a peer that Python holds up, what its kernels could do."""
+  ms = line[of] if of else line.get('busy_ms') or line['median_ms']
+  return 1000 * line['length'] * line['rows'] / ms
 
 
 def _best(lines: Sequence[Line], axis: str, value: Callable[[Line], float],
