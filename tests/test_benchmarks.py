@@ -433,13 +433,14 @@ def test_report(tmp_path, capsys):
       {'benchmark': 'train_step', 'measure': 'environment'},
       step_line(16384, **times | {'median_ms': 99.0}),
       step_line(16384, **times, mfu=0.27, floor_ms=16.8),  # Counts.
-      step_line(16384, 'transformers eager', **times, speedup=5.5),
+      step_line(16384, 'transformers eager', **times, busy_ms=40.0),
       step_line(131072, 'transformers eager', error='out of memory'),
       {'benchmark': 'compile_time', 'preset': 'tglobal-large', 'length': 16384,
-       'rows': 1, 'scan_layers': True, 'cold_seconds': 20.0,
+       'rows': 1, 'scan_layers': True, 'override': [], 'cold_seconds': 20.0,
        'cached_seconds': 3.0, 'trace_seconds': 2.0},
       {'benchmark': 'compile_time', 'preset': 'tglobal-xl', 'length': 16384,
-       'rows': 1, 'scan_layers': False, 'error': 'more than 300 s'},
+       'rows': 1, 'scan_layers': False, 'override': ['a=1'],
+       'error': 'more than 300 s'},
       {'benchmark': 'attention', 'implementation': 'fused', 'length': 16384,
        'rows': 2, 'forward_ms': 0.5, 'forward_p10_ms': 0.49,
        'forward_p90_ms': 0.625, 'temporary_bytes': 2**26,
@@ -451,12 +452,14 @@ def test_report(tmp_path, capsys):
   path.write_text('\n'.join(map(json.dumps, lines)))
   assert report.main([str(path), '--images', str(tmp_path / 'images')]) == 0
   out = capsys.readouterr().out
-  assert out.count('16384 x 1 | longt5_flax fused | 50.0 (49.0 to 52.5) | '
+  assert out.count('16384 x 1 | longt5_flax fused | 50.0 (49.0 to 52.5) |  | '
                    '327,680 | 7.0 GB | 27.0% |') == 1
+  assert ('16384 x 1 | transformers eager | 50.0 (49.0 to 52.5) | 40.0 | '
+          '327,680 |') in out
   assert '99.0' not in out
   assert '131072 x 1 | transformers eager | out of memory |' in out
   assert '| 16384 x 1 | stacked | 20.0 | 3.0 | 2.0 |' in out
-  assert '| 16384 x 1 | unrolled | more than 300 s |  |  |' in out
+  assert '| 16384 x 1 | apart, a=1 | more than 300 s |  |  |' in out
   assert ('| fused | 16384 x 2 | 0.500 (0.490 to 0.625) | out of memory | '
           '64 MiB |') in out
   assert '| encoder MLP | 7.05 | 75.0% |' in out
