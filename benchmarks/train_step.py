@@ -62,8 +62,8 @@ from longt5_flax.training.train_step import (
 
 CONFIG = str(Path(__file__).parent.parent / 'configs' / 'base.py')
 PEERS = ('eager', 'compile', 'eager-remat', 'compile-remat')
-# Inputs of a row from which memory is short: layers are recomputed, unless
-# --remat is given, and in a loop, which keeps less.
+# Inputs of a row from which memory is short: layers are recomputed from inputs
+# in the host's memory, unless --remat is given, and in a loop, which keeps less.
 REMAT_FROM = 1 << 20
 
 
@@ -257,7 +257,8 @@ def parse_case(case: str) -> tuple[int, int]:
 def variants(arguments: argparse.Namespace, case: str) -> Iterator[Line]:
   """Our implementations of a case: what a line says of it, and overrides."""
   length, rows = parse_case(case)
-  remats = arguments.remat or ['layer' if length >= REMAT_FROM else 'none']
+  remats = arguments.remat or [
+      'offload' if length >= REMAT_FROM else 'none']
   for attention, remat, scan in itertools.product(
       arguments.attention, remats, arguments.scan):
     overrides = overrides_of(arguments, case, attention, remat, scan)
@@ -352,7 +353,7 @@ def make_parser() -> argparse.ArgumentParser:
   add('--attention', nargs='+', default=['fused'],
       help='as precision.attention; several are measured one by one')
   add('--remat', nargs='+',
-      help='as precision.remat; by default none, and layer, in a loop, from '
+      help='as precision.remat; by default none, and offload, in a loop, from '
       f'{REMAT_FROM}')
   add('--scan', nargs='+', default=['true'], choices=('true', 'false'),
       help='as precision.scan_layers')

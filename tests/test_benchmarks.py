@@ -85,7 +85,7 @@ def test_train_step(here, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('case, remat, scan_unroll', [
-    ('131072x1', 'none', 0), ('1048576x1', 'layer', 1)])
+    ('131072x1', 'none', 0), ('1048576x1', 'offload', 1)])
 def test_what_memory_allows(here, case, remat, scan_unroll):
   arguments = train_step.make_parser().parse_args(['--attention=reference'])
   [variant] = train_step.variants(arguments, case)
