@@ -155,7 +155,7 @@ def cache(past: Any, name_of_encoded: str, shape: tuple[int, ...]) -> None:
     rows = targets.shape[0]
     if name_of_encoded in past:  # Else they will be made of these inputs.
       length = past[name_of_encoded]['decoder']['layers_0'][
-          'encoder_decoder_attention']['key'].shape[1]
+          'encoder_decoder_attention']['key'].shape[2]
   except (KeyError, TypeError, IndexError):
     raise ConfigError('past_key_values must be what init_cache() or the last '
                       'decode() returned.') from None

@@ -52,7 +52,8 @@ def cached_attention(
     ConfigError: the device has no such kernel.
   """
   attend = partial(_attend, dtype=dtype, options=options)
-  return on_each_device(attend, new, (bias,), (held_by, start), options, cache)
+  return on_each_device(attend, new, (bias,), (held_by, start), options, cache,
+                        updates=True)
 
 
 def _attend(tokens, tables, ids, caches, dtype, options):

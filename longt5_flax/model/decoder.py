@@ -29,7 +29,10 @@ from longt5_flax.model.layers import (
 )
 from longt5_flax.model.precision import activation_dtype
 from longt5_flax.model.relative_position import toeplitz
-from longt5_flax.model.segment_attention import segment_attention
+from longt5_flax.model.segment_attention import (
+    attend_to_stored,
+    segment_attention,
+)
 
 
 class DecoderContext(NamedTuple):
@@ -61,8 +64,8 @@ class DecoderContext(NamedTuple):
 class DecoderAttention(Projections):
   """Self- or cross-attention of the decoder.
 
-  Step by step, `key` and `value` [B, S, H, K] of the encoder's output are in
-  the collection `encoded`, those of the targets so far in `cache`, [groups, H,
+  Step by step, `key` and `value` of the encoder's output are in the collection
+  `encoded`, [B, H, S, K], those of the targets so far in `cache`, [groups, H,
   n, S, K], as a step reads them: the n rows of a group see each other's.
 
   Attributes:
@@ -86,11 +89,16 @@ class DecoderAttention(Projections):
       deterministic: bool) -> Float[Array, 'B T D']:
     """Attends to the encoder's output, for all targets at once."""
     key, value = self.project_key_value(context.encoded, deterministic)
-    return self._attend_across(x, key, value, context.segment_ids, context)
+    if not self._crosses_in_a_kernel(key.shape[1]):
+      return self._attend(x, key, value, None, context.cross_mask)
+    return self.project_out(segment_attention(
+        self.project_query(x), key, value, context.segment_ids,
+        context.encoder_segment_ids, self.dtype))
 
   def store_encoded(self, source: Float[Array, 'B S D']) -> None:
     """Stores the keys and values of the encoder's output."""
-    self._store('encoded', *self.project_key_value(source, True))
+    self._store('encoded', *(
+        x.swapaxes(1, 2) for x in self.project_key_value(source, True)))
 
   def make_room(self, groups: int, n: int, length: int) -> None:
     """Makes a cache for targets."""
@@ -135,9 +143,14 @@ class DecoderAttention(Projections):
     """
     key, value = self._stored('encoded')
     folded = x.reshape(key.shape[0], -1, x.shape[-1])
+    if not self._crosses_in_a_kernel(key.shape[2]):
+      return self._attend(
+          folded, key.swapaxes(1, 2), value.swapaxes(1, 2), None,
+          context.cross_mask).reshape(x.shape)
     segment_ids = jnp.ones(folded.shape[:2], jnp.int32)
-    return self._attend_across(
-        folded, key, value, segment_ids, context).reshape(x.shape)
+    return self.project_out(attend_to_stored(
+        self.project_query(folded), key, value, segment_ids,
+        context.encoder_segment_ids, self.dtype)).reshape(x.shape)
 
   def _stored(self, collection: str) -> tuple[Array, Array]:
     return (self.get_variable(collection, 'key'),
@@ -147,13 +160,9 @@ class DecoderAttention(Projections):
     self.put_variable(collection, 'key', key)
     self.put_variable(collection, 'value', value)
 
-  def _attend_across(self, x, key, value, segment_ids, context):
-    choice = choose_attention(self.attention, self.config, key.shape[1])
-    if choice.cross != 'fused':
-      return self._attend(x, key, value, None, context.cross_mask)
-    return self.project_out(segment_attention(
-        self.project_query(x), key, value, segment_ids,
-        context.encoder_segment_ids, self.dtype))
+  def _crosses_in_a_kernel(self, length):
+    return choose_attention(
+        self.attention, self.config, length).cross == 'fused'
 
   def _attend(self, x, key, value, bias, mask):
     output, weights = full_attention(

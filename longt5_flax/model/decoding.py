@@ -15,7 +15,7 @@ class DecodingCache(NamedTuple):
 
   Attributes:
     encoder_segment_ids: 0 is padding.
-    encoded: keys and values of the encoder's output, [B, L, H, K]: one row for
+    encoded: keys and values of the encoder's output, [B, H, L, K]: one row for
       each input, however many rows are decoded from it.
     targets: those of the tokens so far, and their number.
     target_mask: which tokens later ones may see; None is all.

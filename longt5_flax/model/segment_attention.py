@@ -72,21 +72,62 @@ def segment_attention(
                         (query_segments, segment_ids), options)
 
 
+def attend_to_stored(
+    query: Float[Array, 'B T H K'],
+    key: Float[Array, 'B H S K'],
+    value: Float[Array, 'B H S K'],
+    query_segments: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B S'],
+    dtype: DTypeLike,
+    options: KernelOptions = ON_A_GPU,
+) -> Float[Array, 'B T H K']:
+  """`segment_attention`, which see, to keys and values that lie as a step of
+  decoding reads them. It has no gradient."""
+  attend = partial(_attend_to_stored, dtype=dtype, options=options)
+  return on_each_device(attend, (query,), (), (query_segments, segment_ids),
+                        options, (key, value))
+
+
 def _attend(tokens, tables, ids, dtype, options):
   del tables
-  length, size = tokens[0].shape[1::2]
-  # A step of decoding has a query or a few.
-  query_tile = min(options.tile, product_size(length))
-  multiples = query_tile, options.tile, options.tile
-  query_segments, segment_ids = (
-      jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
-      for x, multiple in zip(ids, multiples[:2], strict=True))
+  query, *keys = tokens
+  query_tile, *ids = _whole_tiles(query, ids, options)
   output = _segment_attention(
-      options.tiling(dtype), query_tile,
-      *(to_operands(x, dtype, multiple)
-        for x, multiple in zip(tokens, multiples, strict=True)),
-      query_segments, segment_ids)
-  return output[:, :length, :, :size].astype(tokens[0].dtype)
+      options.tiling(dtype), query_tile, to_operands(query, dtype, query_tile),
+      *(to_operands(x, dtype, options.tile) for x in keys), *ids)
+  return _from_operands(output, query)
+
+
+def _attend_to_stored(tokens, tables, ids, stored, dtype, options):
+  query, = tokens
+  if options.for_a_tpu():
+    return segment_attention_tpu.attend(
+        (query, *(x.swapaxes(1, 2) for x in stored)), tables, ids, dtype,
+        options)
+  query_tile, query_segments, segment_ids = _whole_tiles(query, ids, options)
+  key, value = (to_operands(x, dtype, options.tile, axis=2) for x in stored)
+  arrays = kernels.Arrays(to_operands(query, dtype, query_tile),
+                          query_segments, key, value, segment_ids)
+  tiling = options.tiling(dtype)
+  spans, _ = _spans(tiling, query_tile, query_segments, segment_ids)
+  output, _ = _join(*kernels.forward(
+      tiling, query_tile, arrays, spans, _parts(query_tile, arrays.query),
+      heads_first=True))
+  return _from_operands(output, query)
+
+
+def _whole_tiles(query, ids, options):
+  """The tile of queries, and segments of queries and keys in whole tiles."""
+  # A step of decoding has a query or a few.
+  query_tile = min(options.tile, product_size(query.shape[1]))
+  return query_tile, *(
+      jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
+      for x, multiple in zip(ids, (query_tile, options.tile), strict=True))
+
+
+def _from_operands(x, like):
+  """What came of `to_operands` of an array like that."""
+  return x[:, :like.shape[1], :, :like.shape[3]].astype(like.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -14,7 +14,7 @@ from longt5_flax.model import decoder, decoding
 from longt5_flax.model.attention import full_attention
 from longt5_flax.model.cached_attention import cached_attention
 from longt5_flax.model.kernels.calls import KernelOptions
-from longt5_flax.model.segment_attention import segment_attention
+from longt5_flax.model.segment_attention import attend_to_stored
 from longt5_flax.training import partitioning
 
 INTERPRETED = KernelOptions(interpret=True)
@@ -80,7 +80,7 @@ SEGMENTS = jnp.array(np.arange(30) < [[30], [11]], jnp.int32)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  for attend in (segment_attention, cached_attention):
+  for attend in (attend_to_stored, cached_attention):
     monkeypatch.setattr(decoder, attend.__name__,
                         partial(attend, options=INTERPRETED))
 

@@ -33,7 +33,10 @@ from longt5_flax.model.kernels.calls import (
     gapless_run,
 )
 from longt5_flax.model.relative_position import bucket_reach
-from longt5_flax.model.segment_attention import segment_attention
+from longt5_flax.model.segment_attention import (
+    attend_to_stored,
+    segment_attention,
+)
 from longt5_flax.training import partitioning
 
 HEADS, HEAD_SIZE = 2, 8
@@ -280,6 +283,44 @@ def test_segment_attention_on_a_tpu_equals_reference():
                 platform='tpu')
 
 
+def stored(arrays, ids, dtype=jnp.float32, **options):
+  """What `attend_to_stored` makes of `targets_and_inputs`."""
+  query, key, value = in_order(arrays)
+  return attend_to_stored(query, key.swapaxes(1, 2), value.swapaxes(1, 2),
+                          *ids, dtype, **options)
+
+
+def check_stored(inputs, options):
+  arrays, ids = inputs
+  found = golden.jit(functools.partial(stored, options=options))(*inputs)
+  golden.assert_close(
+      found, whole_segments(*in_order(arrays), *ids, jnp.float32))
+
+
+# Three rows an input, one input padded, and one nothing else; segments that end
+# anywhere; a length of whole tiles.
+@pytest.mark.parametrize('target_rows, input_rows, lengths, tile, platform', [
+    ([[3]] * 3, [[301], [140], [0]], (3, 301), 64, ''),
+    ([[2, 1], [18]], [[50, 30], [20, 1, 129]], (18, 150), 16, ''),
+    ([[1], [1]], [[128], [70]], (1, 128), 32, ''),
+    ([[3], [3]], [[301], [140]], (3, 301), 64, 'tpu')])
+def test_stored_equals_reference(
+    target_rows, input_rows, lengths, tile, platform):
+  check_stored(
+      targets_and_inputs(target_rows, input_rows, lengths, (HEADS, HEAD_SIZE)),
+      KernelOptions(tile, interpret=True, platform=platform))
+
+
+def test_stored_on_a_mesh():
+  """Rows and heads on devices of their own."""
+  inputs = targets_and_inputs(
+      [[3], [2]], [[301], [140]], (3, 301), (HEADS, HEAD_SIZE))
+  mesh = partitioning.make_mesh(
+      {'data': 2, 'fsdp': 1, 'tensor': 2, 'sequence': 2}, jax.devices())
+  with partitioning.active(mesh):
+    check_stored(inputs, KernelOptions(interpret=True))
+
+
 def check_rounding(attend, dtype, arrays, with_rest, segment_ids):
   """As close to float32 as operands in that dtype allow."""
   exact = values_and_gradients(reference, arrays, with_rest, segment_ids)
@@ -352,8 +393,8 @@ def test_in_the_model(monkeypatch):
 
 def test_in_decoding(monkeypatch):
   """Steps of three rows an input, one of them padded."""
-  monkeypatch.setattr(decoder, 'segment_attention', functools.partial(
-      segment_attention, options=KernelOptions(16, interpret=True)))
+  monkeypatch.setattr(decoder, 'attend_to_stored', functools.partial(
+      attend_to_stored, options=KernelOptions(16, interpret=True)))
   config = LongT5Config.preset('local-tiny', num_layers=1, vocab_size=50)
   segment_ids = segments(LAYOUTS['padded'][:2], 100)
   encoded = jax.random.normal(jax.random.key(0), (2, 100, config.d_model))
@@ -401,6 +442,11 @@ def test_segment_attention_is_compiled_for_cuda():
       arrays, 'segment_attention')
 
 
+def test_stored_is_compiled_for_cuda():
+  assert 'longt5_segment_attention_forward' in golden.lowered_for_cuda(
+      functools.partial(stored, dtype=jnp.bfloat16), *real_steps())
+
+
 def test_causal_is_compiled_for_cuda():
   arrays, ids = real_targets()
   check_compiled_for_cuda(
@@ -419,6 +465,12 @@ def real_targets_and_inputs():
   return targets_and_inputs(
       [[500], [100, 3, 200]], [[4096], [1500, 3, 1000, 700]], (512, 4096),
       (12, 64))
+
+
+def real_steps():
+  """Base's heads; four rows an input, of no whole tiles."""
+  return targets_and_inputs(
+      [[4], [4]], [[4001], [3000]], (4, 4001), (12, 64))
 
 
 def test_fused_needs_a_gpu_or_a_tpu():
@@ -459,6 +511,19 @@ def test_targets_on_a_gpu(attend, whole, inputs, dtype):
     golden.assert_trees_close(found, exact)
   else:
     check_errors(found, exact, dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_stored_on_a_gpu(dtype):
+  arrays, ids = real_steps()
+  exact = golden.jit(lambda: whole_segments(
+      *in_order(arrays), *ids, jnp.float32))()
+  found = golden.jit(functools.partial(stored, dtype=dtype))(arrays, ids)
+  if dtype == jnp.float32:
+    golden.assert_close(found, exact)
+  else:
+    check_errors({'output': found}, {'output': exact}, dtype)
 
 
 @on_gpu

@@ -77,36 +77,37 @@ def why_no_kernels(platform: str) -> str:
   return ''
 
 
-def to_operands(x: Float[Array, 'B L H K'], dtype: DTypeLike, multiple: int = 1
-                ) -> Float[Array, 'B l H k']:
-  """As kernels take tokens: K a power of two, L a multiple.
+def to_operands(x: Float[Array, 'B _ _ K'], dtype: DTypeLike, multiple: int = 1,
+                axis: int = 1) -> Float[Array, 'B _ _ k']:
+  """As kernels take tokens: K a power of two, the length, which is that axis, a
+  multiple.
 
   For float16 operands are TF32 numbers, of the same precision and the exponents
   of float32, so that nothing overflows.
   """
   size = x.shape[-1]
   operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-  return jnp.pad(x.astype(operand), (
-      (0, 0), (0, -x.shape[1] % multiple), (0, 0),
-      (0, product_size(size) - size)))
+  added = [0, 0, 0, product_size(size) - size]
+  added[axis] = -x.shape[axis] % multiple
+  return jnp.pad(x.astype(operand), [(0, n) for n in added])
 
 
 def on_each_device(
     attend: Callable[..., Any], tokens: tuple[Array, ...],
     tables: tuple[Array, ...], ids: tuple[Array, ...], options: KernelOptions,
-    caches: tuple[Array, ...] = (),
+    caches: tuple[Array, ...] = (), updates: bool = False,
 ) -> Any:
   """`attend(tokens, tables, ids)`; under a mesh each device attends with its
   rows and heads, and a length that is split is gathered.
 
   Args:
-    attend: gives an array like `tokens[0]`; with caches it takes them as well,
-      and gives others like them behind the array.
+    attend: gives an array like `tokens[0]`; with caches it takes them as well.
     tokens: [B, length, H, K].
     tables: [H, ...].
     ids: [B, length].
     options: see KernelOptions.
     caches: [B, H, ...].
+    updates: whether `attend` gives others like them behind the array.
 
   Raises:
     ConfigError: the device has no such kernels.
@@ -124,7 +125,7 @@ def on_each_device(
         attend, mesh=mesh, check_vma=False,
         in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows), kept)[
             :len(arguments)],
-        out_specs=(spec, *(kept for _ in caches)) if caches else spec)
+        out_specs=(spec, *(kept for _ in caches)) if updates else spec)
   return attend(*arguments)
 
 

@@ -25,7 +25,8 @@ class Arrays(NamedTuple):
   Attributes:
     query: [B, T, H, K].
     query_segments: [B, T], 0 is padding.
-    key, value: [B, S, H, K].
+    key, value: [B, S, H, K]; where it is said, heads first, [B, H, S, K], so
+      that all a program reads of them is in one piece.
     segment_ids: of the keys, [B, S].
   """
   query: Any
@@ -114,11 +115,12 @@ def _specs(arrays, queries, keys):
 
 def forward(
     tiling: Tiling, query_tile: int, arrays: Arrays, spans: jax.Array,
-    parts: int) -> tuple[jax.Array, jax.Array]:
+    parts: int, heads_first: bool = False) -> tuple[jax.Array, jax.Array]:
   """What queries attend to in each part of their keys, [parts, B, T, H, K], and
   the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
   float32. `spans`: [B, query tiles, 4], from which to before which tile of keys
-  a tile of queries sees any, and those of which every query sees every key."""
+  a tile of queries sees any, and those of which every query sees every key.
+  `heads_first`: keys and values are."""
   batch, length, heads, size = arrays.query.shape
   out = pl.BlockSpec((None, None, query_tile, None, size),
                      lambda b, h, i, p: (p, b, i, h, 0))
@@ -127,7 +129,8 @@ def forward(
   return tiles.call(
       tiling, partial(_forward, tiling),
       (batch, heads, length // query_tile, parts),
-      [_specs(arrays, partial(tiles.tiles, size=query_tile), tiles.whole),
+      [_specs(arrays, partial(tiles.tiles, size=query_tile),
+              partial(tiles.whole, heads_first=heads_first)),
        tiles.of_tile(spans)],
       [out, lse],
       [jax.ShapeDtypeStruct((parts, *arrays.query.shape), jnp.float32),

@@ -305,10 +305,14 @@ def clip_span(span: tuple[Any, Any], first: Any, end: Any) -> tuple[Any, Any]:
 # program's tile of it. Grids begin with row, head and tile.
 
 
-def whole(x: Any) -> pl.BlockSpec:
-  """[B, n, H, K] without batch and head, or [B, n] without batch."""
+def whole(x: Any, heads_first: bool = False) -> pl.BlockSpec:
+  """[B, n, H, K], heads first [B, H, n, K], without batch and head; or [B, n]
+  without batch."""
   if x.ndim == 2:
     return pl.BlockSpec((None, x.shape[1]), lambda b, *_: (b, 0))
+  if heads_first:
+    return pl.BlockSpec((None, None, *x.shape[2:]),
+                        lambda b, h, *_: (b, h, 0, 0))
   return pl.BlockSpec((None, x.shape[1], None, x.shape[3]),
                       lambda b, h, *_: (b, 0, h, 0))
 
@@ -333,9 +337,7 @@ def of_tile(x: Any) -> pl.BlockSpec:
 def column_specs(columns: Columns) -> Columns:
   """All of a row and head."""
   return Columns(
-      whole(columns.gradient),
-      pl.BlockSpec((None, None, *columns.statistics.shape[2:]),
-                   lambda b, h, *_: (b, h, 0, 0)),
+      whole(columns.gradient), whole(columns.statistics, heads_first=True),
       pl.BlockSpec(columns.which.shape, lambda *_: (0, 0, 0)))
 
 
