@@ -75,8 +75,8 @@ MUTANTS = [
            '::test_segment_attention_equals_reference'),
     Mutant('segment attention: a part counts as much as any other',
            'longt5_flax/model/segment_attention.py',
-           'jnp.where(seen, jnp.exp2(lses - lse), 0)',
-           'jnp.where(seen, 1 / len(lses), 0)',
+           'jnp.where(lse > MASKED, jnp.exp2(lse - top), 0)',
+           'jnp.where(lse > MASKED, 1 / len(lses), 0)',
            'tests/model/test_implementations.py'
            '::test_segment_attention_equals_reference'),
     Mutant('fused: operands are not narrow',
@@ -87,10 +87,24 @@ MUTANTS = [
            '::test_fused_rounds_as_bfloat16_does'),
     Mutant('fused: biases of other heads on a mesh',
            'longt5_flax/model/kernels/calls.py',
-           'in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows)))',
-           'in_specs=(spec, PartitionSpec(heads), PartitionSpec(rows)))\n'
-           '    tables = tuple(jnp.roll(x, 1, 0) for x in tables)',
+           "    rows = _mesh_axes(mesh, 'batch'",
+           '    tables = tuple(jnp.roll(x, 1, 0) for x in tables)\n'
+           '    arguments = tokens, tables, ids\n'
+           "    rows = _mesh_axes(mesh, 'batch'",
            'tests/model/test_implementations.py::test_fused_on_a_mesh'),
+    Mutant('stored keys: no multiple of a tile',
+           'longt5_flax/model/kernels/calls.py',
+           'added[axis] = -x.shape[axis] % multiple',
+           'added[1] = -x.shape[1] % multiple',
+           'tests/model/test_implementations.py::test_stored_equals_reference'),
+    Mutant('stored keys: on a mesh those of other heads',
+           'longt5_flax/model/kernels/calls.py',
+           'PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)',
+           'PartitionSpec(rows, None, heads), PartitionSpec(rows)',
+           'tests/model/test_implementations.py::test_stored_on_a_mesh'),
+    Mutant('stored keys: not in the kernel', 'longt5_flax/model/decoder.py',
+           'not self._crosses_in_a_kernel(key.shape[2])', 'True',
+           'tests/model/test_implementations.py::test_in_decoding'),
     Mutant('fused on TPUs: beyond the end of a row is padding',
            'longt5_flax/model/kernels/fused_attention_tpu.py',
            'jnp.where(tile > 0, before, _NOWHERE)', 'before',
@@ -135,15 +149,15 @@ MUTANTS = [
            '(side.segment_ids[:, None, None] > 0)',
            'tests/model/test_reach.py::test_reach_in_a_packed_row'),
     Mutant('decoder sees one ahead', 'longt5_flax/model/decoder.py',
-           'jnp.tril(jnp.ones((1, 1, length, length), bool))',
-           'jnp.tril(jnp.ones((1, 1, length, length), bool), 1)',
+           '== segment_ids[:, None, None])\n    if decoder_mask',
+           '== segment_ids[:, None, None], 1)\n    if decoder_mask',
            'tests/model/test_reach.py'
            '::test_decoder_is_causal_and_sees_the_inputs'),
     Mutant('head not scaled', 'longt5_flax/model/decoder.py',
            'if self.config.scale_decoder_outputs:', 'if False:',
            'tests/model/test_options.py::test_scaling_is_apart_from_tying'),
     Mutant('cache does not move', 'longt5_flax/model/decoder.py',
-           'start + embedded.shape[1])', 'start + 0)',
+           'start + num_targets)', 'start + 0)',
            'tests/model/test_options.py::test_steps_equal_the_whole_target'),
     Mutant('float16 not scaled', 'longt5_flax/model/precision.py',
            'exponent = exponent - _FLOAT16_TOP', 'exponent = exponent * 0',
@@ -593,14 +607,14 @@ MUTANTS = [
            'tests/model/test_decoding.py'
            '::test_rows_of_an_input_and_their_reordering'),
     Mutant('a new token as if of another beam', 'longt5_flax/model/decoder.py',
-           'jnp.arange(room) < start, held_by',
-           'jnp.arange(room) <= start, held_by', 'tests/model/test_decoding.py'
+           'jnp.arange(room) < start,',
+           'jnp.arange(room) <= start,', 'tests/model/test_decoding.py'
            '::test_rows_of_an_input_and_their_reordering'),
     Mutant('keys copied for each beam', 'longt5_flax/model/decoder.py',
            '    folded = x.reshape(key.shape[0], -1, x.shape[-1])\n',
-           '    copies, folded = len(x) // len(key), x\n'
-           '    mask, key, value = (y.repeat(copies, 0) '
-           'for y in (mask, key, value))\n',
+           '    mask, key, value = (y.repeat(len(x) // len(key), 0) '
+           'for y in (context.cross_mask, key, value))\n'
+           '    folded, context = x, context._replace(cross_mask=mask)\n',
            'tests/model/test_decoding.py'
            '::test_no_copy_of_the_encoded_for_each_beam'),
     Mutant('n-gram seen too late', 'longt5_flax/generation/scores.py',

@@ -410,6 +410,8 @@ def test_in_decoding(monkeypatch):
     return decoding.step(model, params, cache, targets[:, 1:])[0]
 
   golden.assert_close(logits(models[1], params), logits(models[0], params))
+  assert 'longt5_segment_attention_forward' in str(
+      logits.trace(models[1], params).jaxpr)
 
 
 def real_size(length=4096, rows=((4096,), (1500, 3, 1000, 700))):
