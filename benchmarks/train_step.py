@@ -62,8 +62,9 @@ from longt5_flax.training.train_step import (
 
 CONFIG = str(Path(__file__).parent.parent / 'configs' / 'base.py')
 PEERS = ('eager', 'compile', 'eager-remat', 'compile-remat')
-# Inputs of a row from which memory is short: layers are recomputed from inputs
-# in the host's memory, unless --remat is given, and in a loop, which keeps less.
+# Inputs of a row from which memory is short: layers are recomputed, unless
+# --remat is given from inputs in the host's memory, and in a loop, which keeps
+# less.
 REMAT_FROM = 1 << 20
 
 
