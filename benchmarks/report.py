@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.processes import Line
 from longt5_flax.config import ConfigError
@@ -212,22 +211,19 @@ def plot(lines: Sequence[Line], path: str) -> None:
     if name.endswith('-remat'):
       style |= {'linestyle': '--', 'fillstyle': 'none'}
     done = [line for line in group if 'error' not in line]
-    speed.plot(*_best(done, 'length', _tokens_per_second, max), **style)
-    memory.plot(*_best(
-        [line for line in done if line['peak_bytes']], 'tokens',
-        lambda it: it['peak_bytes'] / 1e9, min), **style)
+    speed.plot(*_highest(done, _tokens_per_second), **style)
+    memory.plot(*memory_by_tokens(done), **style)
     for line in group:
       if line.get('error') == 'out of memory':
         memory.plot(line['length'] * line['rows'], 0.97, marker='x',
                     color=color, transform=memory.get_xaxis_transform())
   floor = [line for line in lines if 'floor_ms' in line]
   if floor:
-    speed.plot(*_best(floor, 'length', partial(
-        _tokens_per_second, of='floor_ms'), max),
+    speed.plot(*_highest(floor, partial(_tokens_per_second, of='floor_ms')),
                color='0.5', linestyle=':', label='floor')
   speed.set(xlabel='input tokens of a row',
             ylabel='input tokens a second, peers: of kernels alone')
-  memory.set(xlabel='input tokens of a step (x: out of memory)',
+  memory.set(xlabel='input tokens of a step, in few rows (x: out of memory)',
              ylabel='peak memory, GB')
   if any('median_ms' in line for line in lines):  # Else there is no scale.
     speed.set_yscale('log')
@@ -250,16 +246,24 @@ def _tokens_per_second(line: Line, of: str = '') -> float:
   return 1000 * line['length'] * line['rows'] / ms
 
 
-def _best(lines: Sequence[Line], axis: str, value: Callable[[Line], float],
-          best: Callable[[float, float], float]
-          ) -> tuple[list[Any], list[float]]:
-  """The best value at each length, or number of tokens."""
+def _highest(lines: Sequence[Line], value: Callable[[Line], float]
+             ) -> tuple[list[int], list[float]]:
+  """The highest value at each length."""
   found: dict[int, float] = {}
   for line in lines:
-    x = line['length'] * (line['rows'] if axis == 'tokens' else 1)
-    y = value(line)
-    found[x] = best(found[x], y) if x in found else y
-  return sorted(found), [found[x] for x in sorted(found)]
+    length = line['length']
+    found[length] = max(value(line), found.get(length, 0.0))
+  return sorted(found), [found[length] for length in sorted(found)]
+
+
+def memory_by_tokens(lines: Sequence[Line]) -> tuple[list[int], list[float]]:
+  """Input tokens of a step and the most memory in use, in GB; of several cases
+  with as many tokens that with the fewest rows."""
+  found: dict[int, float] = {}
+  for line in sorted(lines, key=lambda line: -line['rows']):
+    if line['peak_bytes']:
+      found[line['length'] * line['rows']] = line['peak_bytes'] / 1e9
+  return sorted(found), [found[tokens] for tokens in sorted(found)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -468,6 +468,13 @@ def test_report(tmp_path, capsys):
   assert f'({image})' in out
 
 
+def test_memory_is_that_of_the_longest_rows():
+  lines = [step_line(length, rows=rows, peak_bytes=size) for length, rows, size
+           in [(4096, 8, 9e9), (32768, 1, 8e9), (16384, 2, 7e9),
+               (16384, 1, 5e9), (65536, 1, None)]]
+  assert report.memory_by_tokens(lines) == ([16384, 32768], [5, 8])
+
+
 @pytest.mark.parametrize('text', ['{', '[]', '{"a": 1}'])
 def test_report_refuses(text, tmp_path, capsys):
   path = tmp_path / 'lines.jsonl'
