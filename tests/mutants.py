@@ -74,11 +74,15 @@ MUTANTS = [
            'tests/model/test_implementations.py'
            '::test_segment_attention_equals_reference'),
     Mutant('segment attention: a part counts as much as any other',
-           'longt5_flax/model/segment_attention.py',
-           'jnp.where(lse > MASKED, jnp.exp2(lse - top), 0)',
-           'jnp.where(lse > MASKED, 1 / len(lses), 0)',
+           'longt5_flax/model/kernels/segment_attention_triton.py',
+           'jnp.exp2(lse - top)', 'jnp.exp2(0 * lse)',
            'tests/model/test_implementations.py'
            '::test_segment_attention_equals_reference'),
+    Mutant('segment attention: the last of few queries is left out',
+           'longt5_flax/model/kernels/triton_tiles.py',
+           'jnp.minimum(jnp.arange(whole), size - 1)',
+           'jnp.minimum(jnp.arange(whole), max(size - 2, 0))',
+           'tests/model/test_implementations.py::test_stored_equals_reference'),
     Mutant('fused: operands are not narrow',
            'longt5_flax/model/kernels/calls.py',
            'operand = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32',

@@ -2,7 +2,7 @@
 scores: here those of GPUs (`kernels/segment_attention_triton.py`), in
 `segment_attention_tpu` those of TPUs."""
 
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from longt5_flax.model.kernels.calls import (
     to_operands,
 )
 from longt5_flax.model.kernels.triton_tiles import (
-    MASKED,
     Columns,
     Rows,
     product_size,
@@ -91,7 +90,8 @@ def attend_to_stored(
 def _attend(tokens, tables, ids, dtype, options):
   del tables
   query, *keys = tokens
-  query_tile, *ids = _whole_tiles(query, ids, options)
+  query_tile = min(options.tile, product_size(query.shape[1]))
+  ids = _whole_tiles(query_tile, ids, options)
   output = _segment_attention(
       options.tiling(dtype), query_tile, to_operands(query, dtype, query_tile),
       *(to_operands(x, dtype, options.tile) for x in keys), *ids)
@@ -104,23 +104,23 @@ def _attend_to_stored(tokens, tables, ids, stored, dtype, options):
     return segment_attention_tpu.attend(
         (query, *(x.swapaxes(1, 2) for x in stored)), tables, ids, dtype,
         options)
-  query_tile, query_segments, segment_ids = _whole_tiles(query, ids, options)
+  # A step of decoding has a query or a few: the kernel takes them as they are.
+  query_tile = min(options.tile, query.shape[1])
+  query_segments, segment_ids = _whole_tiles(query_tile, ids, options)
   key, value = (to_operands(x, dtype, options.tile, axis=2) for x in stored)
   arrays = kernels.Arrays(to_operands(query, dtype, query_tile),
                           query_segments, key, value, segment_ids)
   tiling = options.tiling(dtype)
   spans, _ = _spans(tiling, query_tile, query_segments, segment_ids)
-  output, _ = _join(*kernels.forward(
+  output, _ = kernels.forward(
       tiling, query_tile, arrays, spans, _parts(query_tile, arrays.query),
-      heads_first=True))
+      heads_first=True)
   return _from_operands(output, query)
 
 
-def _whole_tiles(query, ids, options):
-  """The tile of queries, and segments of queries and keys in whole tiles."""
-  # A step of decoding has a query or a few.
-  query_tile = min(options.tile, product_size(query.shape[1]))
-  return query_tile, *(
+def _whole_tiles(query_tile, ids, options):
+  """Segments of queries and keys in whole tiles."""
+  return tuple(
       jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
       for x, multiple in zip(ids, (query_tile, options.tile), strict=True))
 
@@ -142,27 +142,10 @@ def _forward(tiling, query_tile, query, key, value, query_segments,
   arrays = kernels.Arrays(query, query_segments, key, value, segment_ids)
   spans = checkpoint_name(
       _spans(tiling, query_tile, query_segments, segment_ids), LAYOUT)
-  output, lse = _join(*kernels.forward(
-      tiling, query_tile, arrays, spans[0], _parts(query_tile, query)))
-  output, lse = checkpoint_name((output.astype(query.dtype), lse), ATTENDED)
+  output, lse = checkpoint_name(kernels.forward(
+      tiling, query_tile, arrays, spans[0], _parts(query_tile, query)),
+      ATTENDED)
   return output, (arrays, spans, output, lse)
-
-
-def _join(outputs, lses):
-  """Output, [B, T, H, K], and the logarithm of the sum, [B, H, T], of the
-  softmax over all parts. Where a query sees nothing a kernel wrote -MASKED.
-
-  Part by part: XLA would make a kernel of every reduction over them.
-  """
-  lses = [jnp.where(lse < -MASKED, lse, MASKED) for lse in lses]
-  top = reduce(jnp.maximum, lses)
-  weights = [jnp.where(lse > MASKED, jnp.exp2(lse - top), 0) for lse in lses]
-  total = reduce(jnp.add, weights)
-  lse = jnp.where(total > 0, top + jnp.log2(total), -MASKED)
-  share = jnp.where(total > 0, 1 / total, 0)
-  return reduce(jnp.add, [
-      (weight * share).swapaxes(1, 2)[..., None] * output
-      for weight, output in zip(weights, outputs, strict=True)]), lse
 
 
 def _backward(tiling, query_tile, residuals, gradient):

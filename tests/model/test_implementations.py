@@ -298,10 +298,12 @@ def check_stored(inputs, options):
 
 
 # Three rows an input, one input padded, and one nothing else; segments that end
-# anywhere; a length of whole tiles.
+# anywhere, of more queries than a tile has and of fewer; a length of whole
+# tiles.
 @pytest.mark.parametrize('target_rows, input_rows, lengths, tile, platform', [
     ([[3]] * 3, [[301], [140], [0]], (3, 301), 64, ''),
     ([[2, 1], [18]], [[50, 30], [20, 1, 129]], (18, 150), 16, ''),
+    ([[2, 1], [18]], [[50, 30], [20, 1, 129]], (18, 150), 64, ''),
     ([[1], [1]], [[128], [70]], (1, 128), 32, ''),
     ([[3], [3]], [[301], [140]], (3, 301), 64, 'tpu')])
 def test_stored_equals_reference(
@@ -445,8 +447,13 @@ def test_segment_attention_is_compiled_for_cuda():
 
 
 def test_stored_is_compiled_for_cuda():
-  assert 'longt5_segment_attention_forward' in golden.lowered_for_cuda(
+  """Queries as they are, and what they attend to after one kernel more."""
+  lowered = golden.lowered_for_cuda(
       functools.partial(stored, dtype=jnp.bfloat16), *real_steps())
+  for kernel in ('forward', 'join'):
+    assert f'longt5_segment_attention_{kernel}' in lowered
+  assert '2x4x12x64xbf16' in lowered
+  assert '2x16x12x64' not in lowered
 
 
 def test_causal_is_compiled_for_cuda():

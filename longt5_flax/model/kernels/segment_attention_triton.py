@@ -3,12 +3,12 @@ of its segment, no bias, through Pallas' Triton backend.
 
 Few queries may face many keys: then tiles of queries are smaller than those of
 keys, programs share the keys of one tile of queries, and what they found is put
-together outside.
+together afterwards.
 
 No two programs add to one address, so results do not depend on their order.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,9 @@ from jax.experimental import pallas as pl
 
 from longt5_flax.model.kernels import triton_tiles as tiles
 from longt5_flax.model.kernels.triton_tiles import Columns, Rows, Tiling
+
+# Rows whose parts a program puts together.
+_JOINED = 16
 
 
 class Arrays(NamedTuple):
@@ -57,7 +60,8 @@ def _key_tile(tiling, arrays, spans, segments, j):
 
 
 def _forward(tiling, arrays, span_ref, out_ref, lse_ref):
-  query, segments = arrays.query[...], arrays.query_segments[...]
+  rows = tiles.product_rows(arrays.query.shape[0])
+  query, segments = arrays.query[rows], arrays.query_segments[rows]
   spans = _load_spans(span_ref)
 
   def add(j, softmax):
@@ -67,7 +71,23 @@ def _forward(tiling, arrays, span_ref, out_ref, lse_ref):
   first, end = _share(spans)
   softmax = jax.lax.fori_loop(first, end, add, tiles.no_keys(query))
   sees = (segments > 0) & (softmax.top > tiles.MASKED)
-  tiles.write(softmax, sees, out_ref, lse_ref)
+  tiles.write(softmax, sees, out_ref, lse_ref, rows)
+
+
+def _join(output_refs, lse_refs, out_ref, lse_ref):
+  """One softmax of all parts, which lie first."""
+  # All is on its way before any is waited for.
+  lses, outputs = ([ref[part] for part in range(len(ref))]
+                   for ref in (lse_refs, output_refs))
+  # A part where a query sees nothing has no weight.
+  lses = [jnp.where(lse < -tiles.MASKED, lse, tiles.MASKED) for lse in lses]
+  top = reduce(jnp.maximum, lses)
+  weights = [jnp.exp2(lse - top) for lse in lses]
+  output = reduce(jnp.add, [
+      weight[:, None] * output
+      for weight, output in zip(weights, outputs, strict=True)])
+  tiles.write(tiles.Softmax(top, reduce(jnp.add, weights), output),
+              top > tiles.MASKED, out_ref, lse_ref)
 
 
 def _backward_query(tiling, arrays, span_ref, rows, d_query_ref):
@@ -116,26 +136,40 @@ def _specs(arrays, queries, keys):
 def forward(
     tiling: Tiling, query_tile: int, arrays: Arrays, spans: jax.Array,
     parts: int, heads_first: bool = False) -> tuple[jax.Array, jax.Array]:
-  """What queries attend to in each part of their keys, [parts, B, T, H, K], and
-  the logarithm in base 2 of each softmax's sum, [parts, B, H, T]; both
-  float32. `spans`: [B, query tiles, 4], from which to before which tile of keys
-  a tile of queries sees any, and those of which every query sees every key.
-  `heads_first`: keys and values are."""
+  """What queries attend to, [B, T, H, K], and the logarithm in base 2 of the
+  softmax's sum, [B, H, T], in float32; `parts` programs share the keys of a
+  tile of queries. `spans`: [B, query tiles, 4], from which to before which tile
+  of keys a tile of queries sees any, and those of which every query sees every
+  key. `heads_first`: keys and values are."""
   batch, length, heads, size = arrays.query.shape
-  out = pl.BlockSpec((None, None, query_tile, None, size),
-                     lambda b, h, i, p: (p, b, i, h, 0))
-  lse = pl.BlockSpec((None, None, None, query_tile),
-                     lambda b, h, i, p: (p, b, h, i))
-  return tiles.call(
+  output = jax.ShapeDtypeStruct(arrays.query.shape, arrays.query.dtype)
+  lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+  found = tiles.call(
       tiling, partial(_forward, tiling),
       (batch, heads, length // query_tile, parts),
       [_specs(arrays, partial(tiles.tiles, size=query_tile),
               partial(tiles.whole, heads_first=heads_first)),
        tiles.of_tile(spans)],
-      [out, lse],
-      [jax.ShapeDtypeStruct((parts, *arrays.query.shape), jnp.float32),
-       jax.ShapeDtypeStruct((parts, batch, heads, length), jnp.float32)],
+      [pl.BlockSpec((None, None, query_tile, None, size),
+                    lambda b, h, i, p: (p, b, i, h, 0)),
+       pl.BlockSpec((None, None, None, query_tile),
+                    lambda b, h, i, p: (p, b, h, i))],
+      [jax.ShapeDtypeStruct(
+          (parts, *x.shape), x.dtype if parts == 1 else jnp.float32)
+       for x in (output, lse)],
       'longt5_segment_attention_forward')(arrays, spans)
+  if parts == 1:
+    return found[0][0], found[1][0]
+  # XLA would make two or three kernels of this. Few rows, so that registers
+  # hold all parts of them, or one by one.
+  rows = 1 if length % _JOINED else _JOINED
+  return tiles.call(
+      tiling, _join, (batch, heads, length // rows),
+      [pl.BlockSpec((parts, None, rows, None, size),
+                    lambda b, h, i: (0, b, i, h, 0)),
+       pl.BlockSpec((parts, None, None, rows), lambda b, h, i: (0, b, h, i))],
+      [tiles.tiles(output, rows), tiles.row_tiles(lse, rows)],
+      [output, lse], 'longt5_segment_attention_join')(*found)
 
 
 def backward_query(

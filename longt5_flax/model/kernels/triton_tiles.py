@@ -120,6 +120,13 @@ def product_size(size: int) -> int:
   return max(LEAST, 1 << (size - 1).bit_length())
 
 
+def product_rows(size: int) -> Any:
+  """Which of so many rows a product takes: all, and where it takes more than
+  there are the last one again, which is written several times."""
+  whole = product_size(size)
+  return ... if size == whole else jnp.minimum(jnp.arange(whole), size - 1)
+
+
 def dot(tiling: Tiling, a: Any, b: Any) -> Any:
   """The product of two tiles, in float32."""
   if tiling.interpret:  # Not every CPU has products of bfloat16; exact.
@@ -229,14 +236,16 @@ def attend(tiling: Tiling, query: Any, keys: Keys, bias: Any, mask: Mask,
           tiling, weights.astype(keys.value.dtype), keys.value)))
 
 
-def write(softmax: Softmax, real: Any, out_ref: Any, lse_ref: Any) -> None:
+def write(softmax: Softmax, real: Any, out_ref: Any, lse_ref: Any,
+          rows: Any = ...) -> None:
   """Writes what real queries attended to, zeros for others, and the logarithm
   in base 2 of the softmax's sum."""
-  out_ref[...] = jnp.where(
+  out_ref[rows] = jnp.where(
       real[:, None], softmax.output / softmax.total[:, None], 0
   ).astype(out_ref.dtype)
   # What others see must have no weight in the backward pass.
-  lse_ref[...] = jnp.where(real, softmax.top + jnp.log2(softmax.total), -MASKED)
+  lse_ref[rows] = jnp.where(
+      real, softmax.top + jnp.log2(softmax.total), -MASKED)
 
 
 def score_gradient(tiling: Tiling, query: Any, keys: Keys, bias: Any,
