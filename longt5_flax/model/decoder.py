@@ -14,6 +14,7 @@ from longt5_flax.model.attention_choice import choose_attention
 from longt5_flax.model.cached_attention import (
     cached_attention,
     kernel_takes,
+    seen_places,
 )
 from longt5_flax.model.fused_attention import fused_causal_attention
 from longt5_flax.model.layers import (
@@ -46,6 +47,7 @@ class DecoderContext(NamedTuple):
     self_mask: which targets a target may see, [#B, 1, T, S]; None for kernels.
     held_by: for a kernel, step by step, which row of its group holds what a
       row sees at each position, [groups, n, S]; -1: it sees nothing there.
+    seen: of `held_by`; see `seen_places`.
     cross_mask: which inputs a target may see: those of its segment.
     segment_ids: of the targets, 0 is padding; None step by step.
     encoder_segment_ids: of the inputs, 0 is padding; step by step 1 is not.
@@ -55,6 +57,7 @@ class DecoderContext(NamedTuple):
   bias: Any
   self_mask: Any
   held_by: Any
+  seen: Any
   cross_mask: Bool[Array, 'B 1 #T L']
   segment_ids: Any
   encoder_segment_ids: Any
@@ -119,7 +122,7 @@ class DecoderAttention(Projections):
       output, *updated = cached_attention(
           tuple(array.reshape(groups, n, heads, size)
                 for array in (self.project_query(x), *new)),
-          cache, context.bias, context.held_by,
+          cache, context.bias, context.held_by, context.seen,
           jnp.broadcast_to(start, (groups, 1)), self.dtype)
       self._store('cache', *updated)
       return self.project_out(output).reshape(x.shape)
@@ -262,7 +265,7 @@ class Decoder(nn.Module):
         == encoder_segment_ids[:, None, None])
     bias, self_mask = self._bias_and_mask(decoder_segment_ids, decoder_mask)
     context = DecoderContext(
-        encoded, bias, self_mask, None, cross_mask, decoder_segment_ids,
+        encoded, bias, self_mask, None, None, cross_mask, decoder_segment_ids,
         encoder_segment_ids, None)
     x = run_layers(
         self.layers, lambda layer, x, context: layer(x, context, deterministic),
@@ -313,10 +316,10 @@ class Decoder(nn.Module):
     start: Array = self.get_variable('cache', 'length')
     rows, num_targets = embedded.shape[:2]
     # Or every layer looks up the biases once more, in a kernel of its own.
-    bias, self_mask, held_by = jax.lax.optimization_barrier(
+    bias, self_mask, held_by, seen = jax.lax.optimization_barrier(
         self._looking_back(rows, num_targets, start, decoder_mask))
     context = DecoderContext(
-        None, bias, self_mask, held_by,
+        None, bias, self_mask, held_by, seen,
         (encoder_segment_ids > 0)[:, None, None], None,
         (encoder_segment_ids > 0).astype(jnp.int32), start)
     self.put_variable('cache', 'length', start + num_targets)
@@ -327,7 +330,7 @@ class Decoder(nn.Module):
     return x
 
   def _looking_back(self, rows, num_targets, start, decoder_mask):
-    """Bias, mask and `held_by` of a step; see `DecoderContext`."""
+    """Of a step, `bias` to `seen` of a `DecoderContext`."""
     name = 'layers' if self.scan_layers else 'layers_0'
     n, room = self.variables['cache'][name]['self_attention'][
         'key'].shape[-3:-1]
@@ -338,19 +341,21 @@ class Decoder(nn.Module):
     if decoder_mask is not None:
       mask = mask & decoder_mask[:, None, None]
     holder = self._holder(rows, n, room, start)
-    if self._attends_in_a_kernel(num_targets, room):
+    if self._attends_in_a_kernel(num_targets, n, room):
       sees = jnp.broadcast_to(mask[:, 0, 0], holder.shape)
-      return bias[:, 0], None, jnp.where(sees, holder, -1).reshape(-1, n, room)
+      held_by = jnp.where(sees, holder, -1).reshape(-1, n, room)
+      return bias[:, 0], None, held_by, seen_places(
+          held_by, jnp.broadcast_to(start, (rows // n, 1)))
     if n > 1:
       bias, mask = _of_holders(bias, mask, holder, n)
-    return bias[None], mask, None
+    return bias[None], mask, None, None
 
-  def _attends_in_a_kernel(self, num_targets, room):
+  def _attends_in_a_kernel(self, num_targets, n, room):
     """Whether the next targets attend to the cache in one. Not in a loop over
     layers, which takes caches out of an array of all and puts them back, and
     where Flax cannot tell that nothing else depends on a kernel."""
     return (num_targets == 1 and not self.scan_layers
-            and kernel_takes(room, self.config.d_kv) and choose_attention(
+            and kernel_takes(n, room, self.config.d_kv) and choose_attention(
                 self.attention, self.config, room).causal == 'fused')
 
   def _holder(self, rows, n, room, start):

@@ -12,7 +12,11 @@ import golden
 from longt5_flax import LongT5Config, LongT5ForConditionalGeneration
 from longt5_flax.model import decoder, decoding
 from longt5_flax.model.attention import full_attention
-from longt5_flax.model.cached_attention import cached_attention
+from longt5_flax.model.cached_attention import (
+    cached_attention,
+    kernel_takes,
+    seen_places,
+)
 from longt5_flax.model.kernels.calls import KernelOptions
 from longt5_flax.model.segment_attention import attend_to_stored
 from longt5_flax.training import partitioning
@@ -26,25 +30,29 @@ class Arguments(NamedTuple):
   cache: Any
   bias: Any
   held_by: Any
+  seen: Any
   start: Any
 
 
 def random_arguments(groups, n, heads, room, size, start, dtype=jnp.float32):
-  """Rows that go on from any row of their group, and see nothing at some
-  positions."""
+  """Rows that go on from any row of their group, at first all from one, and see
+  nothing at some positions."""
   generator = np.random.default_rng(0)
 
   def normal(*shape):
     return jnp.asarray(generator.normal(size=shape), dtype)
 
   held_by = generator.integers(-1, n, size=(groups, n, room))
+  held_by[:, :, :start // 2] = held_by[:, :1, :start // 2]
   held_by[:, :, start] = np.arange(n)
   held_by[:, :, start + 1:] = -1
+  held_by = jnp.asarray(held_by, jnp.int32)
+  starts = jnp.full((groups, 1), start, jnp.int32)
   return Arguments(
       tuple(normal(groups, n, heads, size) for _ in range(3)),
       tuple(normal(groups, heads, n, room, size) for _ in range(2)),
-      normal(heads, room).astype(jnp.float32), jnp.asarray(held_by, jnp.int32),
-      jnp.full((groups, 1), start, jnp.int32))
+      normal(heads, room).astype(jnp.float32), held_by,
+      seen_places(held_by, starts, INTERPRETED), starts)
 
 
 def of_all(arguments):
@@ -65,7 +73,7 @@ def of_all(arguments):
 
 @pytest.mark.parametrize('shape, start', [
     ((2, 3, 2, 70, 16), 41), ((2, 3, 2, 70, 16), 69), ((3, 1, 2, 16, 16), 0),
-    ((2, 4, 1, 200, 32), 128), ((1, 17, 2, 129, 16), 64)])
+    ((2, 4, 1, 200, 32), 128), ((1, 32, 2, 129, 16), 64)])
 def test_equals_attention_to_all(shape, start):
   arguments = random_arguments(*shape, start)
   found = jax.jit(lambda x: cached_attention(*x, jnp.float32, INTERPRETED))(
@@ -74,13 +82,44 @@ def test_equals_attention_to_all(shape, start):
                             dict(enumerate(of_all(arguments))))
 
 
+def test_seen_places_written_out():
+  held_by = jnp.array([
+      [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 2, 2]],
+      [[0, 0, 0, 0, 0], [-1, -1, 1, 1, 1], [2, -1, 2, -1, 2]]])
+  seen = seen_places(
+      held_by, jnp.array([[4], [3]]), INTERPRETED._replace(tile=4))
+  assert seen[:, 2, 0].tolist() == [5, 6]
+  assert seen[0, :2, :9].tolist() == [
+      [0, 1, 7, 8, 13] + 4 * [0], [7, 7, 7, 3, 4] + 4 * [0]]
+  assert seen[1, :2, :10].tolist() == [
+      [0, 1, 2, 7, 10, 12] + 4 * [0], [1, 1, 1, 2, 4, 4] + 4 * [0]]
+
+
+def test_reads_only_what_is_seen():
+  """Nothing else of the cache, which may be no number, but for the very first
+  place, with which a tile is filled up."""
+  arguments = random_arguments(2, 3, 2, 200, 16, 150)
+  before = arguments.held_by.at[:, :, 150].set(-1)
+  is_seen = jnp.any(before[:, None] == jnp.arange(3)[:, None, None], axis=2)
+  is_seen = is_seen.at[:, 0, 0].set(True)[:, None, ..., None]
+  found = cached_attention(*arguments._replace(cache=tuple(
+      jnp.where(is_seen, x, jnp.nan) for x in arguments.cache)),
+                           jnp.float32, INTERPRETED)[0]
+  golden.assert_close(found, of_all(arguments)[0])
+
+
+def test_takes_as_many_rows_as_it_has_bits():
+  assert kernel_takes(32, 256, 64)
+  assert not kernel_takes(33, 256, 64)
+
+
 CONFIG = LongT5Config.preset('local-tiny', num_layers=2, vocab_size=50)
 SEGMENTS = jnp.array(np.arange(30) < [[30], [11]], jnp.int32)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  for attend in (attend_to_stored, cached_attention):
+  for attend in (attend_to_stored, cached_attention, seen_places):
     monkeypatch.setattr(decoder, attend.__name__,
                         partial(attend, options=INTERPRETED))
 
@@ -148,10 +187,17 @@ def test_where_the_kernel_does_not_fit(
   golden.assert_close(found, expected)
 
 
+def attend_on_a_gpu(arguments, dtype):
+  seen = seen_places(arguments.held_by, arguments.start)
+  return cached_attention(*arguments._replace(seen=seen), dtype)
+
+
 def test_is_compiled_for_cuda():
   arguments = random_arguments(2, 4, 12, 256, 64, 100, jnp.bfloat16)
-  assert 'longt5_cached_attention' in golden.lowered_for_cuda(
-      lambda x: cached_attention(*x, jnp.bfloat16), arguments)
+  lowered = golden.lowered_for_cuda(
+      partial(attend_on_a_gpu, dtype=jnp.bfloat16), arguments)
+  assert 'longt5_cached_attention' in lowered
+  assert 'longt5_seen_places' in lowered
 
 
 @pytest.mark.gpu
@@ -161,7 +207,8 @@ def test_is_compiled_for_cuda():
 def test_on_a_gpu(n, room, start, dtype):
   """Base's heads; what the cache held stays there."""
   arguments = random_arguments(8, n, 12, room, 64, start, dtype)
-  output, *cache = jax.jit(lambda x: cached_attention(*x, dtype))(arguments)
+  output, *cache = jax.jit(
+      partial(attend_on_a_gpu, dtype=dtype))(arguments)
   expected, *kept = of_all(arguments)
   for found, exact in zip(cache, kept, strict=True):
     np.testing.assert_array_equal(found.astype(jnp.float32), exact)
