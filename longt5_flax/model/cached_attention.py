@@ -94,21 +94,18 @@ def cached_attention(
     ConfigError: the device has no such kernel.
   """
   attend = partial(_attend, dtype=dtype, options=options)
-  ids = (held_by, start) if seen is None else (held_by, start, seen)
-  return on_each_device(attend, new, (bias,), ids, options, cache,
-                        updates=True)
+  return on_each_device(attend, new, (bias,), (held_by, start, seen), options,
+                        cache, updates=True)
 
 
 def _attend(tokens, tables, ids, caches, dtype, options):
   """On one device."""
-  key, value = caches
-  held_by, start, *seen = ids
-  tile = _tile(held_by.shape[2], options)
-  output, *updated = kernels.forward(
+  tile = _tile(ids[0].shape[2], options)
+  output, *caches = kernels.forward(
       options.tiling(dtype)._replace(tile=tile),
       jnp.stack([to_operands(x, dtype) for x in tokens], axis=1),
-      kernels.Cache(key, value, tables[0], held_by, start, *seen))
-  return output.astype(tokens[0].dtype), *updated
+      kernels.Cache(*caches, *tables, *ids))
+  return output.astype(tokens[0].dtype), *caches
 
 
 def _tile(room, options):

@@ -164,14 +164,15 @@ def test_in_decoding(interpreted, prompt_mask, rows):
   golden.assert_close(found, expected)
 
 
-def test_on_a_mesh(interpreted):
+@pytest.mark.parametrize('rows', [3, 1])
+def test_on_a_mesh(interpreted, rows):
   """Inputs and heads on devices of their own."""
   params = random_params()
-  expected = logits_of_steps('reference', params)
+  expected = logits_of_steps('reference', params, rows=rows)
   mesh = partitioning.make_mesh(
       {'data': 2, 'fsdp': 1, 'tensor': 2, 'sequence': 1}, jax.devices()[:4])
   with partitioning.active(mesh):
-    found = logits_of_steps('fused', params)
+    found = logits_of_steps('fused', params, rows=rows)
   golden.assert_close(found, expected)
 
 

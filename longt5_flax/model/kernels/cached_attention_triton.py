@@ -34,14 +34,12 @@ class Cache(NamedTuple):
   bias: Any
   held_by: Any
   start: Any
-  seen: Any = None
+  seen: Any
 
 
 def _forward(tiling, new_ref, cache, out_ref, key_ref, value_ref):
   size, (rows, room, _) = tiling.tile, cache.key.shape
-  # A product takes more rows than there may be: then the last one repeats, and
-  # is written several times.
-  own = jnp.minimum(jnp.arange(tiles.product_size(rows)), rows - 1)
+  own, has_list = tiles.repeated_rows(rows), cache.seen is not None
   query, start = new_ref[0, own, :], cache.start[0]
   now = pl.ds(start, 1)
   for row in range(rows):
@@ -79,7 +77,6 @@ def _forward(tiling, new_ref, cache, out_ref, key_ref, value_ref):
     # Known a turn ahead, so that keys are asked for as early as filled ones.
     return places_of(jnp.minimum(i + 1, turns - 1)), softmax
 
-  has_list = cache.seen is not None
   places, count = places_of(0), cache.seen[2, 0] if has_list else start
   softmax = attend(
       Keys(new_ref[1, own, :], new_ref[2, own, :]), cache.bias[now],

@@ -94,7 +94,8 @@ def to_operands(x: Float[Array, 'B _ _ K'], dtype: DTypeLike, multiple: int = 1,
 
 def on_each_device(
     attend: Callable[..., Any], tokens: tuple[Array, ...],
-    tables: tuple[Array, ...], ids: tuple[Array, ...], options: KernelOptions,
+    tables: tuple[Array, ...], ids: tuple[Array | None, ...],
+    options: KernelOptions,
     caches: tuple[Array, ...] = (), updates: bool = False,
 ) -> Any:
   """`attend(tokens, tables, ids)`; under a mesh each device attends with its
@@ -104,7 +105,7 @@ def on_each_device(
     attend: gives an array like `tokens[0]`; with caches it takes them as well.
     tokens: [B, length, H, K].
     tables: [H, ...].
-    ids: [B, length].
+    ids: [B, length]; None stays what it is.
     options: see KernelOptions.
     caches: [B, H, ...].
     updates: whether `attend` gives others like them behind the array.

@@ -120,11 +120,15 @@ def product_size(size: int) -> int:
   return max(LEAST, 1 << (size - 1).bit_length())
 
 
+def repeated_rows(size: int) -> Any:
+  """As many rows as a product takes, of so many: where it takes more than there
+  are the last one repeats, and is written several times."""
+  return jnp.minimum(jnp.arange(product_size(size)), size - 1)
+
+
 def product_rows(size: int) -> Any:
-  """Which of so many rows a product takes: all, and where it takes more than
-  there are the last one again, which is written several times."""
-  whole = product_size(size)
-  return ... if size == whole else jnp.minimum(jnp.arange(whole), size - 1)
+  """`repeated_rows` as an index, which is none where no row repeats."""
+  return ... if size == product_size(size) else repeated_rows(size)
 
 
 def dot(tiling: Tiling, a: Any, b: Any) -> Any:
